@@ -1,0 +1,369 @@
+//! A layer's data file: the pages that a build stores itself, packed, in compressed frames.
+//!
+//! Pages are numbered in the order in which they were stored; that number is the offset that an
+//! index's [`Entry::Layer`](crate::Entry::Layer) names. [`FRAME_PAGES`] of them make a frame,
+//! the unit of compression, of checksums and of reading: reading one page reads and verifies its
+//! frame.
+//!
+//! # Format, version 1
+//!
+//! All numbers little-endian.
+//!
+//! ```text
+//! offset  bytes
+//!      0      8  magic "torporDT"
+//!      8      4  version
+//!     12      4  which image: 1 memory, 2 disk
+//!     16      8  XXH3-64 of the header without these eight bytes
+//!     24     16  id of the build
+//!     40      4  bytes in a page: 4096
+//!     44      4  pages in a frame: 16
+//!     48     16  zero
+//!     64         frames, without gaps: LZ4 blocks, or the bytes themselves where LZ4 does not help
+//!      …     12  each frame: 4 stored bytes (bit 31: not compressed), 8 XXH3-64 of them
+//!      …     48  trailer: 8 magic "torporDE", 8 offset of the frame table, 8 pages,
+//!                8 frames, 8 XXH3-64 of the frame table, 8 XXH3-64 of the trailer before this
+//! ```
+//!
+//! The header is written before the frames are known, so what is known last stands in the trailer,
+//! with a checksum of its own. The last frame may hold fewer pages.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+use crate::bytes::Bytes;
+use crate::error::{Error, FormatError, IoContext, Result};
+use crate::ids::BuildId;
+use crate::page::{IMAGE_PAGES_MAX, ImageKind, PAGE_SIZE, to_usize};
+
+const MAGIC: [u8; 8] = *b"torporDT";
+const END_MAGIC: [u8; 8] = *b"torporDE";
+/// The version written, and the newest one read.
+pub const DATA_VERSION: u32 = 1;
+/// Pages in a frame: 64 KiB. Smaller frames compress worse, larger ones make a page fault decode
+/// more than it needs (measured: about 20 µs for a frame).
+pub const FRAME_PAGES: usize = 16;
+pub(crate) const FRAME_BYTES: usize = FRAME_PAGES * PAGE_SIZE;
+pub(crate) const HEADER_BYTES: usize = 64;
+const CHECKSUM_AT: usize = 16;
+const FRAME_RECORD_BYTES: usize = 12;
+const TRAILER_BYTES: usize = 48;
+const NOT_COMPRESSED: u32 = 1 << 31;
+/// Most frames in one file: as many as the largest image can fill.
+pub(crate) const DATA_FRAMES_MAX: u64 = IMAGE_PAGES_MAX / FRAME_PAGES as u64;
+
+// The same two sizes as the header has them.
+const PAGE_SIZE_ON_DISK: u32 = 4096;
+const FRAME_PAGES_ON_DISK: u32 = 16;
+const _: () = assert!(PAGE_SIZE_ON_DISK as usize == PAGE_SIZE);
+const _: () = assert!(FRAME_PAGES_ON_DISK as usize == FRAME_PAGES);
+// A frame's length must leave bit 31 alone.
+const _: () = assert!(FRAME_BYTES < NOT_COMPRESSED as usize);
+
+/// The first bytes of a data file.
+pub(crate) fn encode_header(build: &BuildId, kind: ImageKind) -> [u8; HEADER_BYTES] {
+    let mut header = [0; HEADER_BYTES];
+    header[0..8].copy_from_slice(&MAGIC);
+    header[8..12].copy_from_slice(&DATA_VERSION.to_le_bytes());
+    header[12..16].copy_from_slice(&kind.code().to_le_bytes());
+    header[24..40].copy_from_slice(build.as_bytes());
+    header[40..44].copy_from_slice(&PAGE_SIZE_ON_DISK.to_le_bytes());
+    header[44..48].copy_from_slice(&FRAME_PAGES_ON_DISK.to_le_bytes());
+    let checksum = header_checksum(&header);
+    header[CHECKSUM_AT..CHECKSUM_AT + 8].copy_from_slice(&checksum.to_le_bytes());
+    header
+}
+
+fn header_checksum(header: &[u8; HEADER_BYTES]) -> u64 {
+    let mut hasher = Xxh3::new();
+    hasher.update(&header[..CHECKSUM_AT]);
+    hasher.update(&header[CHECKSUM_AT + 8..]);
+    hasher.digest()
+}
+
+fn check_header(
+    header: &[u8; HEADER_BYTES],
+    build: &BuildId,
+    kind: ImageKind,
+) -> Result<(), FormatError> {
+    let mut input = Bytes::new(header);
+    if input.array()? != MAGIC {
+        return Err(FormatError::damaged(0, "this is not a data file"));
+    }
+    let version = input.u32()?;
+    if version > DATA_VERSION {
+        return Err(FormatError::Newer {
+            found: version,
+            known: DATA_VERSION,
+        });
+    }
+    if version != DATA_VERSION {
+        return Err(FormatError::damaged(
+            8,
+            format!("there is no format version {version}"),
+        ));
+    }
+    let found_kind = input.u32()?;
+    if input.u64()? != header_checksum(header) {
+        return Err(FormatError::damaged(
+            CHECKSUM_AT,
+            "the header's checksum does not match",
+        ));
+    }
+    if found_kind != kind.code() {
+        let what = format!("this is not the data of a {} image", kind.as_str());
+        return Err(FormatError::damaged(12, what));
+    }
+    let found_build = BuildId::from_bytes(input.array()?);
+    if found_build != *build {
+        let what = format!("this is the data of build {found_build}");
+        return Err(FormatError::damaged(24, what));
+    }
+    if (input.u32()?, input.u32()?) != (PAGE_SIZE_ON_DISK, FRAME_PAGES_ON_DISK) {
+        return Err(FormatError::damaged(40, "pages or frames of another size"));
+    }
+    Ok(())
+}
+
+/// One frame as it is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Frame {
+    offset: u64,
+    checksum: u64,
+    /// With [`NOT_COMPRESSED`] as a flag.
+    stored_bytes: u32,
+}
+
+/// What a frame is once compressed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct FrameRecord {
+    /// With [`NOT_COMPRESSED`] as a flag.
+    stored_bytes: u32,
+    checksum: u64,
+}
+
+/// Compresses a frame's pages into `out` (whose content is replaced).
+///
+/// Bytes that LZ4 makes less than 1/16 smaller are stored as they are: reading them is then a copy.
+pub(crate) fn encode_frame(raw: &[u8], out: &mut Vec<u8>) -> FrameRecord {
+    out.resize(lz4_flex::block::get_maximum_output_size(raw.len()), 0);
+    // An error would mean that the output is too small, which it is not by construction; storing
+    // the bytes as they are is right in any case.
+    let compressed_bytes = lz4_flex::block::compress_into(raw, out).unwrap_or(usize::MAX);
+    let mut flag = 0;
+    if compressed_bytes < raw.len() - raw.len() / 16 {
+        out.truncate(compressed_bytes);
+    } else {
+        out.clear();
+        out.extend_from_slice(raw);
+        flag = NOT_COMPRESSED;
+    }
+    let stored_bytes = u32::try_from(out.len()).unwrap_or(0) | flag;
+    FrameRecord {
+        stored_bytes,
+        checksum: xxh3_64(out),
+    }
+}
+
+/// The last bytes of a data file: frame table and trailer.
+pub(crate) fn encode_footer(frames: &[FrameRecord], pages: u64, table_offset: u64) -> Vec<u8> {
+    let mut out = Vec::with_capacity(frames.len() * FRAME_RECORD_BYTES + TRAILER_BYTES);
+    for frame in frames {
+        out.extend_from_slice(&frame.stored_bytes.to_le_bytes());
+        out.extend_from_slice(&frame.checksum.to_le_bytes());
+    }
+    let table_checksum = xxh3_64(&out);
+    let trailer_at = out.len();
+    out.extend_from_slice(&END_MAGIC);
+    out.extend_from_slice(&table_offset.to_le_bytes());
+    out.extend_from_slice(&pages.to_le_bytes());
+    out.extend_from_slice(&(frames.len() as u64).to_le_bytes());
+    out.extend_from_slice(&table_checksum.to_le_bytes());
+    let trailer_checksum = xxh3_64(&out[trailer_at..]);
+    out.extend_from_slice(&trailer_checksum.to_le_bytes());
+    out
+}
+
+/// An open data file.
+#[derive(Debug)]
+pub(crate) struct DataFile {
+    path: PathBuf,
+    file: File,
+    pages: u64,
+    frames: Box<[Frame]>,
+}
+
+impl DataFile {
+    /// Opens and checks everything but the frames' bytes.
+    pub(crate) fn open(path: &Path, build: &BuildId, kind: ImageKind) -> Result<Self> {
+        let file = File::open(path).context("open", path)?;
+        let file_bytes = file.metadata().context("look at", path)?.len();
+        if file_bytes < (HEADER_BYTES + TRAILER_BYTES) as u64 {
+            return Err(Error::damaged(path, file_bytes, "the file ends too early"));
+        }
+        let mut header = [0; HEADER_BYTES];
+        file.read_exact_at(&mut header, 0).context("read", path)?;
+        check_header(&header, build, kind).map_err(|e| e.in_file(path))?;
+        let trailer_at = file_bytes - TRAILER_BYTES as u64;
+        let mut trailer = [0; TRAILER_BYTES];
+        file.read_exact_at(&mut trailer, trailer_at)
+            .context("read", path)?;
+        let trailer = Trailer::decode(&trailer, trailer_at)
+            .map_err(|what| Error::damaged(path, trailer_at, what))?;
+        // Bounded by the file's own length: checked above.
+        let mut table = vec![0; to_usize(trailer_at - trailer.table_offset)];
+        file.read_exact_at(&mut table, trailer.table_offset)
+            .context("read", path)?;
+        let frames = trailer
+            .decode_table(&table)
+            .map_err(|what| Error::damaged(path, trailer.table_offset, what))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            pages: trailer.pages,
+            frames,
+        })
+    }
+
+    /// Pages stored in the file.
+    pub(crate) fn len_pages(&self) -> u64 {
+        self.pages
+    }
+
+    pub(crate) fn frame_count(&self) -> usize {
+        self.frames.len()
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes that a frame decodes to.
+    pub(crate) fn frame_len(&self, frame: usize) -> usize {
+        frame_len(frame, self.pages)
+    }
+
+    /// Reads, verifies and decodes one frame into `out`, which must be [`Self::frame_len`] long.
+    /// `stored` is scratch space.
+    pub(crate) fn read_frame(
+        &self,
+        frame: usize,
+        stored: &mut Vec<u8>,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let end = || Error::damaged(&self.path, 0, format!("there is no frame {frame}"));
+        let record = *self.frames.get(frame).ok_or_else(end)?;
+        let damaged = |what: String| {
+            Error::damaged(&self.path, record.offset, format!("frame {frame}: {what}"))
+        };
+        let not_compressed = record.stored_bytes & NOT_COMPRESSED != 0;
+        let stored_bytes = (record.stored_bytes & !NOT_COMPRESSED) as usize;
+        if not_compressed {
+            if stored_bytes != out.len() {
+                return Err(damaged(format!(
+                    "{stored_bytes} bytes instead of {}",
+                    out.len()
+                )));
+            }
+            self.read_at(out, record.offset)?;
+            return if xxh3_64(out) == record.checksum {
+                Ok(())
+            } else {
+                Err(damaged("the checksum does not match".to_owned()))
+            };
+        }
+        stored.resize(stored_bytes, 0);
+        self.read_at(stored, record.offset)?;
+        if xxh3_64(stored) != record.checksum {
+            return Err(damaged("the checksum does not match".to_owned()));
+        }
+        match lz4_flex::block::decompress_into(stored, out) {
+            Ok(decoded) if decoded == out.len() => Ok(()),
+            Ok(decoded) => Err(damaged(format!("{decoded} bytes instead of {}", out.len()))),
+            Err(error) => Err(damaged(error.to_string())),
+        }
+    }
+
+    fn read_at(&self, out: &mut [u8], offset: u64) -> Result<()> {
+        self.file
+            .read_exact_at(out, offset)
+            .context("read", &self.path)
+    }
+}
+
+fn frame_len(frame: usize, pages: u64) -> usize {
+    let before = (frame * FRAME_PAGES) as u64;
+    to_usize(pages.saturating_sub(before).min(FRAME_PAGES as u64)) * PAGE_SIZE
+}
+
+#[derive(Debug)]
+struct Trailer {
+    table_offset: u64,
+    pages: u64,
+    frames: usize,
+    table_checksum: u64,
+}
+
+impl Trailer {
+    fn decode(trailer: &[u8; TRAILER_BYTES], trailer_at: u64) -> Result<Self, String> {
+        let mut input = Bytes::new(trailer);
+        let mut next = || input.u64().map_err(|e| e.to_string());
+        let magic = next()?;
+        let (table_offset, pages, frames) = (next()?, next()?, next()?);
+        let (table_checksum, trailer_checksum) = (next()?, next()?);
+        if magic.to_le_bytes() != END_MAGIC {
+            return Err("the file is cut off: it does not end in a trailer".to_owned());
+        }
+        if xxh3_64(&trailer[..TRAILER_BYTES - 8]) != trailer_checksum {
+            return Err("the trailer's checksum does not match".to_owned());
+        }
+        if pages > IMAGE_PAGES_MAX || frames != pages.div_ceil(FRAME_PAGES as u64) {
+            return Err(format!("{frames} frames cannot hold {pages} pages"));
+        }
+        let table_bytes = frames * FRAME_RECORD_BYTES as u64;
+        if table_offset < HEADER_BYTES as u64
+            || table_offset.checked_add(table_bytes) != Some(trailer_at)
+        {
+            return Err("the frame table lies outside of the file".to_owned());
+        }
+        Ok(Self {
+            table_offset,
+            pages,
+            frames: to_usize(frames),
+            table_checksum,
+        })
+    }
+
+    fn decode_table(&self, table: &[u8]) -> Result<Box<[Frame]>, String> {
+        if xxh3_64(table) != self.table_checksum {
+            return Err("the frame table's checksum does not match".to_owned());
+        }
+        let mut input = Bytes::new(table);
+        let mut offset = HEADER_BYTES as u64;
+        let mut frames = Vec::with_capacity(self.frames);
+        for frame in 0..self.frames {
+            let stored_bytes = input.u32().map_err(|e| e.to_string())?;
+            let checksum = input.u64().map_err(|e| e.to_string())?;
+            frames.push(Frame {
+                offset,
+                checksum,
+                stored_bytes,
+            });
+            let bytes = stored_bytes & !NOT_COMPRESSED;
+            if bytes as usize > frame_len(frame, self.pages) {
+                return Err(format!("frame {frame} is longer than its pages"));
+            }
+            offset += u64::from(bytes);
+        }
+        if offset == self.table_offset {
+            Ok(frames.into_boxed_slice())
+        } else {
+            Err(format!(
+                "the frames end at {offset}, the table begins elsewhere"
+            ))
+        }
+    }
+}

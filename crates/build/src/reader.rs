@@ -1,0 +1,341 @@
+//! Reads an image's pages, whatever layers they stand in.
+//!
+//! A reader is shared by the threads that serve page faults. Its costs are bounded: at most
+//! [`OPEN_LAYERS_MAX`] data files are open (the least recently used is closed), and
+//! [`CACHED_FRAMES`] decoded frames are kept. The cache is for neighbours: a fault reads one page
+//! of a frame and then the others.
+//!
+//! As long as a reader lives its build is in use and cannot be deleted; the build keeps its
+//! parents from being deleted, so every layer's file stays where it is.
+//!
+//! Every frame is verified each time that it is read from its file. Pages of the base image are
+//! not: the base image is immutable, and its digest is checked by
+//! [`Build::validate`](crate::Build::validate).
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+
+use crate::build::Build;
+use crate::data::{DataFile, FRAME_BYTES, FRAME_PAGES};
+use crate::error::{Error, IoContext, Result};
+use crate::ids::BuildId;
+use crate::index::{Entry, INDEX_BYTES_MAX, Index, Run};
+use crate::page::{ImageKind, PAGE_SIZE, to_usize};
+
+/// Most data files that one reader holds open: a keeper has a few readers, and a process may by
+/// default have 1024 files.
+pub const OPEN_LAYERS_MAX: usize = 64;
+/// Decoded frames that one reader keeps (512 KiB): a few per thread that serves faults.
+pub const CACHED_FRAMES: usize = 8;
+
+thread_local! {
+    /// A frame as stored, and one as decoded.
+    static SCRATCH: RefCell<(Vec<u8>, Vec<u8>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
+
+/// Reads one image of one build. See the module's documentation.
+#[derive(Debug)]
+pub struct ImageReader {
+    build: Build,
+    index: Index,
+    index_path: PathBuf,
+    layers: Layers,
+    cache: [Mutex<CachedFrame>; CACHED_FRAMES],
+    base_image: OnceLock<(PathBuf, File)>,
+}
+
+impl ImageReader {
+    pub(crate) fn open(build: &Build, kind: ImageKind) -> Result<Self> {
+        let index_path = build.file_path(kind.index_file());
+        let bytes = build.read_file(kind.index_file(), INDEX_BYTES_MAX)?;
+        let index = Index::decode(&bytes).map_err(|e| e.in_file(&index_path))?;
+        if index.build_id() != build.id() || index.kind() != kind {
+            let what = format!(
+                "this is the {} index of {}",
+                index.kind().as_str(),
+                index.build_id()
+            );
+            return Err(Error::damaged(&index_path, 24, what));
+        }
+        if let Some(stranger) = index
+            .layers()
+            .iter()
+            .find(|id| !build.manifest().layers.contains(id))
+        {
+            let what = format!("it names the layer {stranger}, the manifest does not");
+            return Err(Error::damaged(&index_path, 56, what));
+        }
+        let layers = Layers::new(build.storage().builds_dir(), index.layers().to_vec(), kind);
+        let (cache, base_image) = (Default::default(), OnceLock::new());
+        Ok(Self {
+            build: build.clone(),
+            index,
+            index_path,
+            layers,
+            cache,
+            base_image,
+        })
+    }
+
+    /// The image's index.
+    #[must_use]
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// The build whose image this is.
+    #[must_use]
+    pub fn build(&self) -> &Build {
+        &self.build
+    }
+
+    /// The image's length in pages.
+    #[must_use]
+    pub fn len_pages(&self) -> u64 {
+        self.index.len_pages()
+    }
+
+    /// Fills `buf`, a whole number of pages long, with the image's pages from `first_page` on.
+    ///
+    /// # Errors
+    /// [`Error::OutOfBounds`] past the end, [`Error::BadBuffer`] for a part of a page, and what
+    /// reading and verifying the layers' files gives; `buf` then holds nothing of use.
+    pub fn read_pages(&self, first_page: u64, buf: &mut [u8]) -> Result<()> {
+        let pages = (buf.len() / PAGE_SIZE) as u64;
+        if !buf.len().is_multiple_of(PAGE_SIZE) {
+            return Err(Error::BadBuffer {
+                pages,
+                found_bytes: buf.len(),
+            });
+        }
+        let len_pages = self.len_pages();
+        if first_page
+            .checked_add(pages)
+            .is_none_or(|end| end > len_pages)
+        {
+            return Err(Error::OutOfBounds {
+                first_page,
+                pages,
+                len_pages,
+            });
+        }
+        let mut rest = buf;
+        for run in self.index.runs_in(first_page, pages) {
+            let (part, after) = rest.split_at_mut(to_usize(run.pages) * PAGE_SIZE);
+            self.read_run(run, part)?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    fn read_run(&self, run: Run, buf: &mut [u8]) -> Result<()> {
+        match run.what {
+            Entry::Free | Entry::Removed | Entry::Zero => {
+                buf.fill(0);
+                Ok(())
+            }
+            Entry::Layer {
+                layer,
+                offset_pages,
+            } => self.read_layer(layer, offset_pages, buf),
+            Entry::BaseImage { block } => self.read_base_image(block, buf),
+        }
+    }
+
+    fn read_layer(&self, layer: u32, offset_pages: u64, buf: &mut [u8]) -> Result<()> {
+        let data = self.layer_data(layer)?;
+        let end = offset_pages.saturating_add((buf.len() / PAGE_SIZE) as u64);
+        if end > data.len_pages() {
+            let what = format!(
+                "it names page {end} of {}, which holds {} pages",
+                data.path().display(),
+                data.len_pages()
+            );
+            return Err(Error::damaged(&self.index_path, 0, what));
+        }
+        let (mut offset, mut rest) = (to_usize(offset_pages), buf);
+        while !rest.is_empty() {
+            let (frame, skip) = (offset / FRAME_PAGES, offset % FRAME_PAGES);
+            let part_bytes = rest.len().min((FRAME_PAGES - skip) * PAGE_SIZE);
+            let (part, after) = rest.split_at_mut(part_bytes);
+            if part.len() == data.frame_len(frame) {
+                SCRATCH.with_borrow_mut(|(stored, _)| data.read_frame(frame, stored, part))?;
+            } else {
+                self.read_part(layer, &data, frame, skip, part)?;
+            }
+            (offset, rest) = (offset + part_bytes / PAGE_SIZE, after);
+        }
+        Ok(())
+    }
+
+    /// Some pages of one frame, by way of the cache.
+    fn read_part(
+        &self,
+        layer: u32,
+        data: &DataFile,
+        frame: usize,
+        skip: usize,
+        part: &mut [u8],
+    ) -> Result<()> {
+        let from = skip * PAGE_SIZE;
+        let read = |stored: &mut Vec<u8>, frame_bytes: &mut Vec<u8>| {
+            frame_bytes.resize(data.frame_len(frame), 0);
+            data.read_frame(frame, stored, frame_bytes)
+        };
+        let slot = &self.cache[(frame ^ (layer as usize).wrapping_mul(5)) % CACHED_FRAMES];
+        SCRATCH.with_borrow_mut(|(stored, decoded)| {
+            // A slot that is held by another thread, perhaps one that waits for the disk, is not
+            // waited for.
+            let Ok(mut cached) = slot.try_lock() else {
+                read(stored, decoded)?;
+                part.copy_from_slice(&decoded[from..from + part.len()]);
+                return Ok(());
+            };
+            if cached.holds != Some((layer, frame)) {
+                cached.holds = None;
+                read(stored, &mut cached.bytes)?;
+                cached.holds = Some((layer, frame));
+            }
+            part.copy_from_slice(&cached.bytes[from..from + part.len()]);
+            Ok(())
+        })
+    }
+
+    pub(crate) fn read_base_image(&self, block: u64, buf: &mut [u8]) -> Result<()> {
+        let (path, file) = self.base_image()?;
+        let offset = block.checked_mul(PAGE_SIZE as u64).ok_or_else(|| {
+            Error::damaged(
+                &self.index_path,
+                0,
+                "it names a block past any base image's end",
+            )
+        })?;
+        file.read_exact_at(buf, offset).context("read", path)
+    }
+
+    fn base_image(&self) -> Result<(&Path, &File)> {
+        if self.base_image.get().is_none() {
+            let digest = self.build.manifest().info.base_image.ok_or_else(|| {
+                let what = "it names blocks of a base image, the manifest names none";
+                Error::damaged(&self.index_path, 0, what)
+            })?;
+            let path = self.build.storage().image_path(&digest)?;
+            let file = File::open(&path).context("open", &path)?;
+            // Another thread may have been faster: either file will do.
+            drop(self.base_image.set((path, file)));
+        }
+        let what = || Error::damaged(&self.index_path, 0, "its base image is not open");
+        self.base_image
+            .get()
+            .map(|(path, file)| (path.as_path(), file))
+            .ok_or_else(what)
+    }
+
+    pub(crate) fn layer_data(&self, layer: u32) -> Result<Arc<DataFile>> {
+        let stranger = || {
+            let what = format!("it names layer {layer}, which is not in its table");
+            Error::damaged(&self.index_path, 0, what)
+        };
+        self.layers.get(layer as usize, stranger)
+    }
+
+    pub(crate) fn index_path(&self) -> &Path {
+        &self.index_path
+    }
+
+    /// How many data files are open now.
+    #[must_use]
+    pub fn open_layers(&self) -> usize {
+        self.layers.open_count()
+    }
+}
+
+/// A frame's pages, so that the neighbours of a page cost a copy.
+#[derive(Debug, Default)]
+struct CachedFrame {
+    holds: Option<(u32, usize)>,
+    /// At most [`FRAME_BYTES`].
+    bytes: Vec<u8>,
+}
+
+const _: () = assert!(
+    CACHED_FRAMES * FRAME_BYTES <= 1 << 20,
+    "a reader stays below 1 MiB"
+);
+
+/// The data files of an index's layer table, opened when needed.
+#[derive(Debug)]
+struct Layers {
+    builds_dir: PathBuf,
+    kind: ImageKind,
+    ids: Vec<BuildId>,
+    open: RwLock<Vec<Option<OpenLayer>>>,
+    clock: AtomicU64,
+}
+
+#[derive(Debug)]
+struct OpenLayer {
+    data: Arc<DataFile>,
+    last_used: AtomicU64,
+}
+
+impl Layers {
+    fn new(builds_dir: PathBuf, ids: Vec<BuildId>, kind: ImageKind) -> Self {
+        let open = ids.iter().map(|_| None).collect();
+        Self {
+            builds_dir,
+            kind,
+            ids,
+            open: RwLock::new(open),
+            clock: AtomicU64::new(0),
+        }
+    }
+
+    fn get(&self, layer: usize, stranger: impl Fn() -> Error) -> Result<Arc<DataFile>> {
+        let now = self.clock.fetch_add(1, Ordering::Relaxed);
+        {
+            let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(found) = open.get(layer).ok_or_else(&stranger)? {
+                found.last_used.store(now, Ordering::Relaxed);
+                return Ok(Arc::clone(&found.data));
+            }
+        }
+        // Opened without the lock, so that nobody waits for it; two threads may both do it.
+        let id = self.ids.get(layer).ok_or_else(&stranger)?;
+        let path = self
+            .builds_dir
+            .join(id.to_string())
+            .join(self.kind.data_file());
+        let data = Arc::new(DataFile::open(&path, id, self.kind)?);
+        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        if open.iter().flatten().count() >= OPEN_LAYERS_MAX {
+            let idle_longest = open
+                .iter()
+                .enumerate()
+                .filter_map(|(i, o)| Some((o.as_ref()?.last_used.load(Ordering::Relaxed), i)))
+                .min();
+            if let Some((_, position)) = idle_longest {
+                open[position] = None;
+            }
+        }
+        let last_used = AtomicU64::new(now);
+        open[layer] = Some(OpenLayer {
+            data: Arc::clone(&data),
+            last_used,
+        });
+        Ok(data)
+    }
+
+    fn open_count(&self) -> usize {
+        self.open
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .flatten()
+            .count()
+    }
+}

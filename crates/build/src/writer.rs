@@ -1,0 +1,430 @@
+//! Takes a new image, page by page, and stores what its parent does not have.
+//!
+//! Pages come in order, each exactly once. What becomes of a page's bytes, first rule that fits:
+//!
+//! 1. all zero → [`Entry::Zero`]
+//! 2. the same bytes as the parent's page of that number → the parent's entry
+//! 3. the same bytes as a page that this build has stored already → that page
+//! 4. anything else → stored
+//!
+//! Rule 3 compares 128 bits of a keyed BLAKE3; the key is new for each writer, so a guest cannot
+//! make pages that collide, neither to corrupt nor to slow down its pause.
+//!
+//! What it does not do: look for a page's bytes elsewhere in the parent, or in the base image.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as Slot;
+use std::hash::{BuildHasherDefault, Hash, Hasher};
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::data::{FRAME_BYTES, FRAME_PAGES};
+use crate::error::{Error, Result};
+use crate::frames::{FrameWriter, HashedFile};
+use crate::ids::BuildId;
+use crate::index::{Entry, IndexBuilder, PageCounts};
+use crate::page::{IMAGE_PAGES_MAX, ImageKind, PAGE_SIZE, is_zero, to_usize};
+use crate::reader::ImageReader;
+use crate::staging::SharedFiles;
+
+/// Pages compared with the parent's at a time.
+const COMPARE_PAGES: u64 = FRAME_PAGES as u64;
+
+/// What pages are, as the capture found it.
+#[derive(Debug, Clone, Copy)]
+pub enum PageContent<'a> {
+    /// As in the parent's image; zero where there is none, or past its end.
+    Parent,
+    /// Free by the guest's own metadata.
+    Free,
+    /// Given back by the guest.
+    Removed,
+    /// These bytes.
+    Data(&'a [u8]),
+}
+
+/// What became of an image.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct LayerSummary {
+    /// The whole image's pages by kind.
+    pub pages: PageCounts,
+    /// Pages whose bytes were given and found to be the parent's.
+    pub same_as_parent_pages: u64,
+    /// Pages whose bytes were given and found to be stored already.
+    pub duplicate_pages: u64,
+    /// Pages whose bytes were given and could not be compared, as the parent's could not be read:
+    /// they were stored.
+    pub parent_unreadable_pages: u64,
+    /// Pages stored by this build.
+    pub stored_pages: u64,
+    /// Bytes of these pages.
+    pub raw_bytes: u64,
+    /// Bytes that they take in the data file.
+    pub compressed_bytes: u64,
+    /// The whole data file, with header and frame table.
+    pub data_file_bytes: u64,
+    /// The index file.
+    pub index_file_bytes: u64,
+    /// Runs in the index.
+    pub runs: u64,
+    /// Layers that the index names.
+    pub layers: u64,
+}
+
+/// Writes one image of a build. See the module's documentation.
+#[derive(Debug)]
+pub struct LayerWriter {
+    build: BuildId,
+    kind: ImageKind,
+    len_pages: u64,
+    parent: Option<Arc<ImageReader>>,
+    /// Where the parent's layers stand in the new table, once used.
+    parent_layers: Vec<Option<u32>>,
+    own_layer: Option<u32>,
+    index: IndexBuilder,
+    index_file: HashedFile,
+    data: FrameWriter,
+    /// The frame that is being filled.
+    frame: Vec<u8>,
+    stored: StoredPages,
+    /// The parent's pages, to compare with.
+    parent_pages: Vec<u8>,
+    summary: LayerSummary,
+    failed: bool,
+    files: SharedFiles,
+}
+
+impl LayerWriter {
+    pub(crate) fn create(
+        dir: &Path,
+        build: BuildId,
+        kind: ImageKind,
+        len_pages: u64,
+        parent: Option<Arc<ImageReader>>,
+        files: SharedFiles,
+    ) -> Result<Self> {
+        if len_pages > IMAGE_PAGES_MAX {
+            let what = "the number of pages in an image";
+            return Err(Error::TooLarge {
+                what,
+                found: len_pages,
+                max: IMAGE_PAGES_MAX,
+            });
+        }
+        files.begun(kind.index_file());
+        files.begun(kind.data_file());
+        let mut data = FrameWriter::create(dir.join(kind.data_file()), &build, kind)?;
+        let parent_layers = vec![None; parent.as_ref().map_or(0, |p| p.index().layers().len())];
+        Ok(Self {
+            build,
+            kind,
+            len_pages,
+            parent,
+            parent_layers,
+            own_layer: None,
+            index: IndexBuilder::new(build, kind),
+            index_file: HashedFile::create(dir.join(kind.index_file()))?,
+            frame: data.buffer(),
+            data,
+            stored: StoredPages::new(),
+            parent_pages: Vec::new(),
+            summary: LayerSummary::default(),
+            failed: false,
+            files,
+        })
+    }
+
+    /// Adds the next pages.
+    ///
+    /// # Errors
+    /// [`Error::OutOfOrder`] unless `first_page` is the page that is due and the image is long
+    /// enough, [`Error::BadBuffer`] unless the bytes are that many pages; both change nothing.
+    /// Any other error ends the writer.
+    pub fn push(&mut self, first_page: u64, pages: u64, content: PageContent<'_>) -> Result<()> {
+        if self.failed {
+            return Err(Error::WriterFailed {
+                path: self.data.path().to_owned(),
+            });
+        }
+        let (expected, len_pages) = (self.index.len_pages(), self.len_pages);
+        if first_page != expected || pages > len_pages - expected {
+            return Err(Error::OutOfOrder {
+                expected,
+                found: first_page,
+                len_pages,
+            });
+        }
+        if let PageContent::Data(bytes) = content
+            && bytes.len() as u64 != pages * PAGE_SIZE as u64
+        {
+            return Err(Error::BadBuffer {
+                pages,
+                found_bytes: bytes.len(),
+            });
+        }
+        self.failed = true;
+        match content {
+            PageContent::Parent => self.push_parent(first_page, pages)?,
+            PageContent::Free => self.index.append(pages, Entry::Free)?,
+            PageContent::Removed => self.index.append(pages, Entry::Removed)?,
+            PageContent::Data(bytes) => self.push_data(first_page, pages, bytes)?,
+        }
+        self.failed = false;
+        Ok(())
+    }
+
+    /// The page that is due.
+    #[must_use]
+    pub fn next_page(&self) -> u64 {
+        self.index.len_pages()
+    }
+
+    /// The image's length in pages.
+    #[must_use]
+    pub fn len_pages(&self) -> u64 {
+        self.len_pages
+    }
+
+    /// Writes what is left. The files are synced by the build's commit.
+    ///
+    /// # Errors
+    /// [`Error::OutOfOrder`] if pages are missing; what writing gives.
+    pub fn finish(mut self) -> Result<LayerSummary> {
+        if self.failed {
+            return Err(Error::WriterFailed {
+                path: self.data.path().to_owned(),
+            });
+        }
+        let (expected, len_pages) = (self.index.len_pages(), self.len_pages);
+        if expected != len_pages {
+            return Err(Error::OutOfOrder {
+                expected,
+                found: len_pages,
+                len_pages,
+            });
+        }
+        if !self.frame.is_empty() {
+            self.data.push(std::mem::take(&mut self.frame))?;
+        }
+        let (file, record, compressed_bytes) = self.data.finish(self.stored.pages())?;
+        self.files.finished(self.kind.data_file(), file, record);
+
+        let index = self.index.finish();
+        self.index_file.append(&index.encode()?)?;
+        let (file, index_record) = self.index_file.finish()?;
+        self.files
+            .finished(self.kind.index_file(), file, index_record);
+        let parent = self.parent.map(|parent| parent.build().id());
+        self.files.image(self.kind, parent, index.layers());
+        Ok(LayerSummary {
+            pages: index.counts(),
+            stored_pages: self.stored.pages(),
+            raw_bytes: self.stored.pages() * PAGE_SIZE as u64,
+            compressed_bytes,
+            data_file_bytes: record.bytes,
+            index_file_bytes: index_record.bytes,
+            runs: index.run_count() as u64,
+            layers: index.layers().len() as u64,
+            ..self.summary
+        })
+    }
+
+    /// What the parent has at a page, for how many pages (at most `pages_max`).
+    fn parent_run(&self, page: u64, pages_max: u64) -> (u64, Entry) {
+        match self
+            .parent
+            .as_ref()
+            .and_then(|parent| parent.index().run_at(page))
+        {
+            Some(run) => (run.pages.min(pages_max), run.what),
+            // No parent, or past its end: nothing there until the end.
+            None => (pages_max, Entry::Zero),
+        }
+    }
+
+    fn push_parent(&mut self, first_page: u64, pages: u64) -> Result<()> {
+        let (mut page, end) = (first_page, first_page + pages);
+        while page < end {
+            let (pages, entry) = self.parent_run(page, end - page);
+            self.append_parent(pages, entry)?;
+            page += pages;
+        }
+        Ok(())
+    }
+
+    /// Appends an entry of the parent's index, translated to the new layer table.
+    fn append_parent(&mut self, pages: u64, entry: Entry) -> Result<()> {
+        let Entry::Layer {
+            layer,
+            offset_pages,
+        } = entry
+        else {
+            return self.index.append(pages, entry);
+        };
+        let position = layer as usize;
+        let known = self.parent_layers.get(position).copied().flatten();
+        let layer = match (known, &self.parent) {
+            (Some(layer), _) => layer,
+            (None, Some(parent)) => {
+                let id = parent.index().layers()[position];
+                let layer = self.index.add_layer(id)?;
+                self.parent_layers[position] = Some(layer);
+                layer
+            }
+            (None, None) => return self.index.append(pages, Entry::Zero),
+        };
+        self.index.append(
+            pages,
+            Entry::Layer {
+                layer,
+                offset_pages,
+            },
+        )
+    }
+
+    fn push_data(&mut self, first_page: u64, pages: u64, bytes: &[u8]) -> Result<()> {
+        let mut done = 0;
+        while done < pages {
+            let wanted = (pages - done).min(COMPARE_PAGES);
+            let (chunk_pages, entry) = self.parent_run(first_page + done, wanted);
+            let from = to_usize(done) * PAGE_SIZE;
+            let chunk = &bytes[from..from + to_usize(chunk_pages) * PAGE_SIZE];
+            let comparable = !entry.reads_as_zero()
+                && !chunk.chunks_exact(PAGE_SIZE).all(is_zero)
+                && self.read_parent(first_page + done, chunk.len());
+            self.push_chunk(chunk, comparable.then_some(entry))?;
+            done += chunk_pages;
+        }
+        Ok(())
+    }
+
+    /// Reads the parent's pages. A parent that cannot be read is no reason to lose the guest's
+    /// pages: they are stored, and the summary says so.
+    fn read_parent(&mut self, first_page: u64, bytes: usize) -> bool {
+        let Some(parent) = &self.parent else {
+            return false;
+        };
+        self.parent_pages.resize(bytes, 0);
+        match parent.read_pages(first_page, &mut self.parent_pages) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(first_page, %error, "the parent's pages cannot be compared");
+                self.summary.parent_unreadable_pages += (bytes / PAGE_SIZE) as u64;
+                false
+            }
+        }
+    }
+
+    /// Pages of one run of the parent, whose bytes stand in `parent_pages` if its entry is given.
+    fn push_chunk(&mut self, chunk: &[u8], parent: Option<Entry>) -> Result<()> {
+        let parent_pages = std::mem::take(&mut self.parent_pages);
+        let mut pushed = Ok(());
+        for (position, page) in chunk.chunks_exact(PAGE_SIZE).enumerate() {
+            let from = position * PAGE_SIZE;
+            let of_parent = parent.zip(parent_pages.get(from..from + PAGE_SIZE));
+            pushed = match of_parent {
+                _ if is_zero(page) => self.index.append(1, Entry::Zero),
+                Some((entry, same)) if same == page => {
+                    self.summary.same_as_parent_pages += 1;
+                    self.append_parent(1, entry.advanced(position as u64))
+                }
+                _ => self.push_page(page),
+            };
+            if pushed.is_err() {
+                break;
+            }
+        }
+        self.parent_pages = parent_pages;
+        pushed
+    }
+
+    fn push_page(&mut self, page: &[u8]) -> Result<()> {
+        let (offset_pages, is_new) = self.stored.find_or_add(page);
+        if is_new {
+            self.frame.extend_from_slice(page);
+            if self.frame.len() == FRAME_BYTES {
+                let empty = self.data.buffer();
+                self.data.push(std::mem::replace(&mut self.frame, empty))?;
+            }
+        } else {
+            self.summary.duplicate_pages += 1;
+        }
+        let layer = match self.own_layer {
+            Some(layer) => layer,
+            None => *self.own_layer.insert(self.index.add_layer(self.build)?),
+        };
+        self.index.append(
+            1,
+            Entry::Layer {
+                layer,
+                offset_pages,
+            },
+        )
+    }
+}
+
+/// Which pages this build has stored: about 30 bytes of memory for each.
+#[derive(Debug)]
+struct StoredPages {
+    key: [u8; blake3::KEY_LEN],
+    offsets: HashMap<PageHash, u32, BuildHasherDefault<FirstWord>>,
+}
+
+impl StoredPages {
+    fn new() -> Self {
+        let mut key = [0; blake3::KEY_LEN];
+        let (first, second) = key.split_at_mut(16);
+        first.copy_from_slice(BuildId::random().as_bytes());
+        second.copy_from_slice(BuildId::random().as_bytes());
+        Self {
+            key,
+            offsets: HashMap::default(),
+        }
+    }
+
+    fn pages(&self) -> u64 {
+        self.offsets.len() as u64
+    }
+
+    /// Where the page is stored, and whether it is to be stored there now.
+    fn find_or_add(&mut self, page: &[u8]) -> (u64, bool) {
+        let hash = blake3::keyed_hash(&self.key, page);
+        let words = hash.as_bytes().as_chunks::<8>().0;
+        let hash = PageHash(u64::from_le_bytes(words[0]), u64::from_le_bytes(words[1]));
+        // An image has at most IMAGE_PAGES_MAX pages, which fit.
+        let next = u32::try_from(self.offsets.len()).unwrap_or(u32::MAX);
+        match self.offsets.entry(hash) {
+            Slot::Occupied(known) => (u64::from(*known.get()), false),
+            Slot::Vacant(free) => (u64::from(*free.insert(next)), true),
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct PageHash(u64, u64);
+
+impl Hash for PageHash {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.0);
+    }
+}
+
+/// A hasher for what is a hash already.
+#[derive(Debug, Default)]
+struct FirstWord(u64);
+
+impl Hasher for FirstWord {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        self.0 = word;
+    }
+}
