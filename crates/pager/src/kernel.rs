@@ -1,0 +1,285 @@
+//! What the pager asks of the kernel, in guest pages.
+//!
+//! The threads and the page states know the kernel only through [`Kernel`], so that the same code
+//! runs against a simulated one in tests. [`HostKernel`] is the real one: it translates between
+//! guest pages and host addresses and knows what kind of memory backs the guest.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use rustix::fs::{FallocateFlags, SeekFrom};
+
+use crate::error::PagerError;
+use crate::page_set::{PAGE_SIZE, PAGE_SIZE_U64, PageRun};
+use crate::uffd::{Filled, RawEvent, Region, Uffd, WriteTracking};
+
+/// Pages of zeros that one call installs: 64 KiB. Bounds how long the page states stay locked.
+pub(crate) const ZERO_PAGES_MAX: u64 = 16;
+
+static ZEROS: [u8; 16 * PAGE_SIZE] = [0; 16 * PAGE_SIZE];
+
+const _: () = assert!(ZEROS.len() as u64 == ZERO_PAGES_MAX * PAGE_SIZE_U64);
+
+/// What backs the guest's memory; it decides what a discard does to a page that was installed
+/// while the discard was under way.
+#[derive(Debug)]
+pub enum Backing {
+    /// Private anonymous memory (Firecracker): the kernel drops such a page.
+    Anonymous,
+    /// A shared memfd (QEMU): the VMM punches the hole *before* the event, so such a page stays
+    /// and must be punched again. The descriptor must be writable; its offset is moved by seeks.
+    SharedMemfd(OwnedFd),
+}
+
+/// Something that happened to the guest's memory, in guest pages and bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// A thread waits for this page. `protected`: it is there, but write-protected.
+    Fault {
+        page: u64,
+        write: bool,
+        protected: bool,
+    },
+    /// The VMM discards these bytes of guest memory.
+    Remove { start_byte: u64, end_byte: u64 },
+    /// A fault where the pager serves nothing.
+    Stray { host_addr: u64 },
+}
+
+/// The kernel's side. All calls return at once; runs must lie inside one region.
+pub(crate) trait Kernel: Send + Sync {
+    /// Hands over events that are queued. 0: there are none (left).
+    fn read_events(&self, sink: &mut dyn FnMut(Event)) -> io::Result<usize>;
+    /// Installs absent pages with this content, and wakes. `protect` where writes to them are
+    /// still to be found out.
+    fn copy(&self, first_page: u64, data: &[u8], protect: bool) -> io::Result<Filled>;
+    /// Installs zero pages, at most [`ZERO_PAGES_MAX`], and wakes.
+    fn zero(&self, run: PageRun, protect: bool) -> io::Result<Filled>;
+    /// Lets writes through to a page, and wakes.
+    fn unprotect(&self, page: u64) -> io::Result<Filled>;
+    /// Wakes whoever waits for a page.
+    fn wake(&self, page: u64) -> io::Result<()>;
+    /// Makes sure that nothing stays of a discarded run.
+    fn drop_late_copies(&self, run: PageRun) -> io::Result<()>;
+    /// The pages of the region that holds this page.
+    fn region_around(&self, page: u64) -> Option<PageRun>;
+}
+
+/// The guest's regions, sorted, none overlapping another.
+#[derive(Debug)]
+pub(crate) struct Regions {
+    by_guest: Vec<Region>,
+}
+
+impl Regions {
+    pub(crate) fn new(mut regions: Vec<Region>) -> Result<Self, PagerError> {
+        if regions.is_empty() {
+            return Err(PagerError::Config("no region to serve"));
+        }
+        for region in &regions {
+            region.check()?;
+        }
+        regions.sort_by_key(|region| region.host_addr);
+        if regions
+            .windows(2)
+            .any(|pair| pair[0].host_end() > pair[1].host_addr)
+        {
+            return Err(PagerError::Config(
+                "two regions overlap in the VMM's address space",
+            ));
+        }
+        regions.sort_by_key(|region| region.guest_offset_bytes);
+        let guest_end = |region: &Region| region.guest_offset_bytes + region.len_bytes;
+        if regions
+            .windows(2)
+            .any(|pair| guest_end(&pair[0]) > pair[1].guest_offset_bytes)
+        {
+            return Err(PagerError::Config(
+                "two regions overlap in the guest's memory",
+            ));
+        }
+        Ok(Self { by_guest: regions })
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Region> {
+        self.by_guest.iter()
+    }
+
+    /// The pages that the guest's memory spans, holes between regions included.
+    pub(crate) fn span_pages(&self) -> u64 {
+        let end = |region: &Region| region.guest_offset_bytes + region.len_bytes;
+        self.by_guest.last().map_or(0, end) / PAGE_SIZE_U64
+    }
+
+    /// The pages of the region that holds `page`.
+    pub(crate) fn around(&self, page: u64) -> Option<PageRun> {
+        let pages = |region: &Region| {
+            PageRun::new(
+                region.guest_offset_bytes / PAGE_SIZE_U64,
+                region.len_bytes / PAGE_SIZE_U64,
+            )
+        };
+        let next = self
+            .by_guest
+            .partition_point(|region| pages(region).first_page <= page);
+        let run = pages(self.by_guest.get(next.checked_sub(1)?)?);
+        (page < run.end_page()).then_some(run)
+    }
+
+    /// Where a guest page is mapped in the VMM.
+    fn host_addr(&self, page: u64) -> Option<u64> {
+        let byte = page * PAGE_SIZE_U64;
+        let next = self
+            .by_guest
+            .partition_point(|region| region.guest_offset_bytes <= byte);
+        let region = self.by_guest.get(next.checked_sub(1)?)?;
+        let offset = byte - region.guest_offset_bytes;
+        (offset < region.len_bytes).then(|| region.host_addr + offset)
+    }
+
+    /// Translates an event; a discard that spans regions becomes one event for each.
+    fn translate(&self, event: RawEvent, sink: &mut dyn FnMut(Event)) {
+        match event {
+            RawEvent::Fault {
+                host_addr,
+                write,
+                protected,
+            } => {
+                let holds =
+                    |region: &&Region| (region.host_addr..region.host_end()).contains(&host_addr);
+                sink(match self.by_guest.iter().find(holds) {
+                    Some(region) => {
+                        let byte = host_addr - region.host_addr + region.guest_offset_bytes;
+                        Event::Fault {
+                            page: byte / PAGE_SIZE_U64,
+                            write,
+                            protected,
+                        }
+                    }
+                    None => Event::Stray { host_addr },
+                });
+            }
+            RawEvent::Remove { start, end } => {
+                for region in &self.by_guest {
+                    let start = start.max(region.host_addr);
+                    let end = end.min(region.host_end());
+                    if start < end {
+                        let to_guest = |addr| addr - region.host_addr + region.guest_offset_bytes;
+                        sink(Event::Remove {
+                            start_byte: to_guest(start),
+                            end_byte: to_guest(end),
+                        });
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The kernel of this host, for one guest.
+#[derive(Debug)]
+pub(crate) struct HostKernel {
+    pub(crate) uffd: Uffd,
+    pub(crate) regions: Regions,
+    pub(crate) backing: Backing,
+    pub(crate) tracking: WriteTracking,
+}
+
+impl HostKernel {
+    fn addr(&self, page: u64) -> io::Result<u64> {
+        self.regions
+            .host_addr(page)
+            .ok_or_else(|| io::Error::other("the page is in no region"))
+    }
+
+    /// Empties a shared memfd before the guest runs: whatever the VMM put there while it set
+    /// itself up would stand in the way of the build's content.
+    pub(crate) fn clear_shared(&self) -> io::Result<()> {
+        for region in self.regions.iter() {
+            let pages = region.len_bytes / PAGE_SIZE_U64;
+            self.drop_late_copies(PageRun::new(
+                region.guest_offset_bytes / PAGE_SIZE_U64,
+                pages,
+            ))?;
+        }
+        Ok(())
+    }
+}
+
+impl Kernel for HostKernel {
+    fn region_around(&self, page: u64) -> Option<PageRun> {
+        self.regions.around(page)
+    }
+
+    fn read_events(&self, sink: &mut dyn FnMut(Event)) -> io::Result<usize> {
+        self.uffd
+            .read_events(&mut |event| self.regions.translate(event, sink))
+    }
+
+    fn copy(&self, first_page: u64, data: &[u8], protect: bool) -> io::Result<Filled> {
+        self.uffd.copy(
+            self.addr(first_page)?,
+            data,
+            protect && self.tracking.protects(),
+        )
+    }
+
+    fn zero(&self, run: PageRun, protect: bool) -> io::Result<Filled> {
+        let len_bytes = run.pages.min(ZERO_PAGES_MAX) * PAGE_SIZE_U64;
+        if self.tracking == WriteTracking::Off && matches!(self.backing, Backing::Anonymous) {
+            return self.uffd.zero(self.addr(run.first_page)?, len_bytes);
+        }
+        // ZEROPAGE cannot write-protect, and on shared memory it allocates a page all the same.
+        let zeros = usize::try_from(len_bytes).unwrap_or(ZEROS.len());
+        self.copy(run.first_page, &ZEROS[..zeros], protect)
+    }
+
+    fn unprotect(&self, page: u64) -> io::Result<Filled> {
+        self.uffd.unprotect(self.addr(page)?, PAGE_SIZE_U64)
+    }
+
+    fn wake(&self, page: u64) -> io::Result<()> {
+        self.uffd.wake(self.addr(page)?, PAGE_SIZE_U64)
+    }
+
+    fn drop_late_copies(&self, run: PageRun) -> io::Result<()> {
+        match &self.backing {
+            Backing::Anonymous => Ok(()),
+            Backing::SharedMemfd(memfd) => {
+                let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                let offset = run.first_page * PAGE_SIZE_U64;
+                Ok(rustix::fs::fallocate(
+                    memfd,
+                    mode,
+                    offset,
+                    run.pages * PAGE_SIZE_U64,
+                )?)
+            }
+        }
+    }
+}
+
+/// Every run of pages that a memfd holds (in memory or swapped out).
+pub(crate) fn memfd_runs(
+    memfd: BorrowedFd<'_>,
+    span_pages: u64,
+    sink: &mut dyn FnMut(PageRun),
+) -> io::Result<()> {
+    let end_byte = span_pages * PAGE_SIZE_U64;
+    let mut byte = 0;
+    while byte < end_byte {
+        let data = match rustix::fs::seek(memfd, SeekFrom::Data(byte)) {
+            Ok(data) if data < end_byte => data,
+            Ok(_) | Err(rustix::io::Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let hole = rustix::fs::seek(memfd, SeekFrom::Hole(data))?.min(end_byte);
+        let first_page = data / PAGE_SIZE_U64;
+        sink(PageRun::new(
+            first_page,
+            hole.div_ceil(PAGE_SIZE_U64) - first_page,
+        ));
+        byte = hole.max(data + 1);
+    }
+    Ok(())
+}

@@ -1,0 +1,47 @@
+//! The pager: gives a resumed guest its memory page by page, through userfaultfd.
+//!
+//! A VMM is started with empty memory; whenever it touches a page that is not there, the kernel
+//! tells us, and we put the page there: from a [`PageSource`] (a build), or zero when the guest
+//! has given the page back since the resume. The pager also knows, at the next pause, which pages
+//! the guest wrote and which it gave back, and which ones the next resume should bring in ahead.
+//!
+//! - `machine`: the page states and waiting faults, pure
+//! - `service`: events, faults and fills; the one lock, and why
+//! - `threads`: reader, worker, prefetcher
+//! - `pager`: what the owner calls
+//! - `kernel`, `uffd`, `pagemap`: the kernel's side; all unsafe code is in the last two
+//!
+//! It knows neither VMMs nor builds. It does not create the VMM's userfaultfd, kill a VMM that it
+//! cannot serve (it says so, see [`FailureSignal`]), read or write a build, or serve huge pages.
+//! It never makes up content: a page that cannot be read is a failure.
+//!
+//! One window is left, on shared memfds only. The VMM punches its hole without telling, so a page
+//! that was installed in that moment is punched again when the discard's event arrives. Should
+//! the reader be kept from running between the two for so long that the VMM finishes the discard,
+//! the guest gets its page back and writes to it, that write is lost. The kernel offers no way to
+//! see an event before the discarding thread is let go.
+
+mod error;
+mod failure;
+mod kernel;
+mod machine;
+mod page_set;
+mod pagemap;
+mod pager;
+mod service;
+mod source;
+mod stats;
+mod threads;
+mod uffd;
+mod working_set;
+
+pub use error::{PagerError, PagerFailure};
+pub use failure::FailureSignal;
+pub use kernel::Backing;
+pub use page_set::{PAGE_SIZE, PageRun, PageSet};
+pub use pager::{DirtyPages, Pager, PagerConfig};
+pub use service::READ_PAGES_MAX;
+pub use source::{PageSource, SourceKind, SourceRun};
+pub use stats::PagerStats;
+pub use uffd::{Region, Uffd, WriteTracking};
+pub use working_set::{WORKING_SET_PAGES_MAX, WORKING_SET_RUNS_MAX};

@@ -1,0 +1,364 @@
+//! The page states and the faults that wait: events in, decisions out.
+//!
+//! Pure: no I/O, no locks, no clock of its own. Whoever holds the machine (one lock, see `core`)
+//! tells it what the kernel said and what became of each copy; it answers what a page must hold
+//! now and which fault is next.
+//!
+//! ```text
+//!                 installed                 written (told or scanned)
+//!      Absent ───────────────▶ Present ───────────────────────────▶ Written
+//!         │                       │  ▲                                 │
+//!         │ discarded   discarded │  │ installed, as zero              │ discarded
+//!         └────────────────▶ Removed ◀───────────────────────────────┘
+//! ```
+//!
+//! Invariants
+//! - **What a page must hold never depends on whether it is there**: once discarded since the
+//!   resume it is zero, before that it is what the source says. So a wrong "present" (the kernel
+//!   may drop a page that was installed in the middle of a discard) costs a second fault, never
+//!   wrong content.
+//! - A missing-page fault is proof that the page was not there a moment ago. A state that says
+//!   otherwise gives way.
+//! - "Discarded since the resume" outlives the page's being read again; being written since ends
+//!   its consequences for a capture, not the bit.
+//! - Each fault that is taken in leaves by [`Machine::finish`], after a wake. A page waits once,
+//!   however many threads wait for it: a wake is for all of them.
+//!
+//! It does not know what the source holds, whether a kernel call succeeded before it is told, or
+//! what the guest wrote where the kernel tracks writes by itself.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::Instant;
+
+use crate::page_set::{PAGE_SIZE_U64, PageRun, PageSet};
+
+/// Faults that may wait at once. A thread waits for one page at a time and no VMM has that many
+/// threads; 65,536 entries are about 3 MiB.
+pub(crate) const FAULTS_MAX: usize = 1 << 16;
+
+const PRESENT: u8 = 1;
+const WRITTEN: u8 = 1 << 1;
+const REMOVED: u8 = 1 << 2;
+const USED: u8 = 1 << 3;
+const BROUGHT_IN: u8 = 1 << 4;
+
+/// What a page must hold when it is installed now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// It is there.
+    Nothing,
+    /// Zeros: it was discarded.
+    Zero,
+    /// What the source says.
+    Source,
+}
+
+/// What a waiting thread wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FaultKind {
+    Read,
+    Write,
+    /// A write to a page that is there, but protected.
+    Protected,
+}
+
+/// Why a page was installed without a fault of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reason {
+    Fault,
+    Neighbour,
+    Prefetch,
+}
+
+/// Where a waiting fault stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Taken in, not decided on.
+    Fresh,
+    /// In the queue for a worker, or with one.
+    Queued,
+    /// The kernel said EAGAIN: to be tried again after the events are read.
+    Aside,
+    /// Cannot be served; the pager has given up.
+    Lost,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    kind: FaultKind,
+    since: Instant,
+    stage: Stage,
+    /// The watchdog has spoken of it.
+    reported: bool,
+}
+
+/// More faults wait than [`FAULTS_MAX`].
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct TooManyFaults;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    pages: Vec<u8>,
+    waiting: HashMap<u64, Waiting>,
+    fresh: Vec<u64>,
+    queue: VecDeque<u64>,
+    aside: Vec<u64>,
+}
+
+impl Machine {
+    /// All pages absent.
+    pub(crate) fn new(pages: u64) -> Self {
+        let pages = vec![0; usize::try_from(pages).unwrap_or(usize::MAX)];
+        Self {
+            pages,
+            waiting: HashMap::new(),
+            fresh: Vec::new(),
+            queue: VecDeque::new(),
+            aside: Vec::new(),
+        }
+    }
+
+    fn bits(&self, page: u64) -> u8 {
+        usize::try_from(page)
+            .ok()
+            .and_then(|page| self.pages.get(page))
+            .copied()
+            .unwrap_or(PRESENT)
+    }
+
+    fn set(&mut self, page: u64, bits: u8) {
+        if let Some(slot) = usize::try_from(page)
+            .ok()
+            .and_then(|page| self.pages.get_mut(page))
+        {
+            *slot |= bits;
+        }
+    }
+
+    fn clear(&mut self, page: u64, bits: u8) {
+        if let Some(slot) = usize::try_from(page)
+            .ok()
+            .and_then(|page| self.pages.get_mut(page))
+        {
+            *slot &= !bits;
+        }
+    }
+
+    /// What the page needs now. Asked again right before each copy: it may have been discarded
+    /// while its content was fetched.
+    pub(crate) fn need(&self, page: u64) -> Need {
+        let bits = self.bits(page);
+        if bits & PRESENT != 0 {
+            Need::Nothing
+        } else if bits & REMOVED != 0 {
+            Need::Zero
+        } else {
+            Need::Source
+        }
+    }
+
+    /// The first pages of `run` that need the same thing as each other and are not there.
+    pub(crate) fn next_absent(&self, run: PageRun, need: Need) -> Option<PageRun> {
+        let end_page = run.end_page();
+        let first_page = (run.first_page..end_page).find(|page| self.need(*page) == need)?;
+        let last = (first_page..end_page)
+            .take_while(|page| self.need(*page) == need)
+            .count();
+        Some(PageRun::new(first_page, last as u64))
+    }
+
+    /// Event: a thread waits for this page.
+    pub(crate) fn fault(
+        &mut self,
+        page: u64,
+        kind: FaultKind,
+        now: Instant,
+    ) -> Result<(), TooManyFaults> {
+        self.set(page, USED);
+        if kind != FaultKind::Protected {
+            self.clear(page, PRESENT);
+        }
+        if self.waiting.contains_key(&page) {
+            // Whoever serves the first one wakes this thread as well; if that was not what it
+            // needed, it faults again.
+            return Ok(());
+        }
+        if self.waiting.len() >= FAULTS_MAX {
+            return Err(TooManyFaults);
+        }
+        let waiting = Waiting {
+            kind,
+            since: now,
+            stage: Stage::Fresh,
+            reported: false,
+        };
+        self.waiting.insert(page, waiting);
+        self.fresh.push(page);
+        Ok(())
+    }
+
+    /// Event: these bytes are being discarded. Returns the pages that lie wholly inside: they are
+    /// removed. Partly covered ones hold zeros that the guest did not have before: written.
+    pub(crate) fn remove(&mut self, start_byte: u64, end_byte: u64) -> PageRun {
+        let first_page = start_byte.div_ceil(PAGE_SIZE_U64);
+        let end_page = (end_byte / PAGE_SIZE_U64).min(self.pages.len() as u64);
+        if start_byte >= end_byte {
+            return PageRun::new(first_page, 0);
+        }
+        if !start_byte.is_multiple_of(PAGE_SIZE_U64) {
+            self.set(start_byte / PAGE_SIZE_U64, WRITTEN);
+        }
+        if !end_byte.is_multiple_of(PAGE_SIZE_U64) {
+            self.set(end_byte / PAGE_SIZE_U64, WRITTEN);
+        }
+        for page in first_page..end_page {
+            self.clear(page, PRESENT | WRITTEN | USED | BROUGHT_IN);
+            self.set(page, REMOVED);
+        }
+        PageRun::new(first_page, end_page.saturating_sub(first_page))
+    }
+
+    /// A page is there now (installed, or found there).
+    pub(crate) fn installed(&mut self, page: u64, reason: Reason) {
+        self.set(page, PRESENT);
+        if reason != Reason::Fault {
+            self.set(page, BROUGHT_IN);
+        }
+    }
+
+    /// The guest may write to the page unnoticed from here on, or has written.
+    pub(crate) fn written(&mut self, page: u64) {
+        self.set(page, WRITTEN);
+    }
+
+    /// Faults that are still to be decided on.
+    pub(crate) fn take_fresh(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.fresh)
+    }
+
+    /// Faults to be tried again.
+    pub(crate) fn take_aside(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.aside)
+    }
+
+    pub(crate) fn has_aside(&self) -> bool {
+        !self.aside.is_empty()
+    }
+
+    /// What the thread wants that waits for this page.
+    pub(crate) fn kind(&self, page: u64) -> Option<FaultKind> {
+        self.waiting.get(&page).map(|waiting| waiting.kind)
+    }
+
+    fn move_to(&mut self, page: u64, stage: Stage) -> bool {
+        self.waiting
+            .get_mut(&page)
+            .map(|waiting| waiting.stage = stage)
+            .is_some()
+    }
+
+    /// The page's content must be fetched: to a worker.
+    pub(crate) fn enqueue(&mut self, page: u64) {
+        if self.move_to(page, Stage::Queued) {
+            self.queue.push_back(page);
+        }
+    }
+
+    /// The next fault for a worker.
+    pub(crate) fn dequeue(&mut self) -> Option<u64> {
+        self.queue.pop_front()
+    }
+
+    /// The kernel said EAGAIN.
+    pub(crate) fn set_aside(&mut self, page: u64) {
+        if self.move_to(page, Stage::Aside) {
+            self.aside.push(page);
+        }
+    }
+
+    /// The page cannot be had. Its thread goes on waiting until its process is killed.
+    pub(crate) fn lose(&mut self, page: u64) {
+        self.move_to(page, Stage::Lost);
+    }
+
+    /// The page's threads have been woken. Returns since when they waited.
+    pub(crate) fn finish(&mut self, page: u64) -> Option<Instant> {
+        self.waiting.remove(&page).map(|waiting| waiting.since)
+    }
+
+    /// How many faults wait: all of them, and those that wait for the kernel only.
+    pub(crate) fn waiting(&self) -> (usize, usize) {
+        (self.waiting.len(), self.aside.len())
+    }
+
+    /// Faults older than `limit` that were not named before.
+    pub(crate) fn overdue(&mut self, now: Instant, limit: std::time::Duration) -> Vec<Overdue> {
+        let mut found = Vec::new();
+        for (page, waiting) in &mut self.waiting {
+            let age = now.saturating_duration_since(waiting.since);
+            if age >= limit && !waiting.reported {
+                waiting.reported = true;
+                found.push(Overdue {
+                    page: *page,
+                    age,
+                    stage: waiting.stage.name(),
+                });
+            }
+        }
+        found.sort_by_key(|overdue| overdue.page);
+        found
+    }
+
+    fn all_with(&self, wanted: impl Fn(u8) -> bool) -> PageSet {
+        let mut set = PageSet::with_capacity_pages(self.pages.len() as u64);
+        for (bits, page) in self.pages.iter().zip(0..) {
+            if wanted(*bits) {
+                set.insert(page);
+            }
+        }
+        set
+    }
+
+    /// Pages that are known to be written (all of them only where each write is a fault).
+    pub(crate) fn known_written(&self) -> PageSet {
+        self.all_with(|bits| bits & WRITTEN != 0)
+    }
+
+    /// Pages that were discarded since the resume.
+    pub(crate) fn removed_since_resume(&self) -> PageSet {
+        self.all_with(|bits| bits & REMOVED != 0)
+    }
+
+    /// Pages that were discarded and not installed since: the kernel must not have them any more.
+    pub(crate) fn removed_and_absent(&self) -> PageSet {
+        self.all_with(|bits| bits & (REMOVED | PRESENT) == REMOVED)
+    }
+
+    /// Pages that a thread waited for, and pages that were brought in around or before them;
+    /// none that the guest has given back and not touched since.
+    pub(crate) fn used_and_brought_in(&self) -> (PageSet, PageSet) {
+        let used = self.all_with(|bits| bits & USED != 0);
+        let brought_in = self.all_with(|bits| bits & (USED | BROUGHT_IN) == BROUGHT_IN);
+        (used, brought_in)
+    }
+}
+
+/// A fault that has waited too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Overdue {
+    pub(crate) page: u64,
+    pub(crate) age: std::time::Duration,
+    pub(crate) stage: &'static str,
+}
+
+impl Stage {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Fresh => "not yet looked at",
+            Self::Queued => "waiting for the page source",
+            Self::Aside => "waiting for the kernel to finish a discard",
+            Self::Lost => "lost: the pager has given up",
+        }
+    }
+}

@@ -1,0 +1,507 @@
+//! The pager as its owner sees it: start, prefetch, settle, dirty pages, stop.
+//!
+//! The order of a pause: stop the vCPUs, [`Pager::settle`], [`Pager::dirty`]. Both may be called
+//! again after a pause that failed: the dirty set counts from the resume, not from the last call.
+//!
+//! The pager must outlive the guest: a guest whose userfaultfd nobody serves hangs. So the VMM is
+//! killed first, then the pager is shut down.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::EventfdFlags;
+
+use crate::error::PagerError;
+use crate::failure::FailureSignal;
+use crate::kernel::{Backing, HostKernel, Regions, memfd_runs};
+use crate::machine::Machine;
+use crate::page_set::{PAGE_SIZE_U64, PageRun, PageSet};
+use crate::pagemap::Pagemap;
+use crate::service::{READ_PAGES_MAX, Service};
+use crate::source::PageSource;
+use crate::stats::{Counters, PagerStats};
+use crate::uffd::{Region, Uffd, WriteTracking};
+use crate::{threads, working_set};
+
+/// Pages around a fault that are filled along with it: 64 KiB, the frame of a build.
+const FAULT_AROUND_PAGES: u64 = 16;
+
+/// Most workers: they share one lock, so more of them only help against slow storage.
+const WORKERS_MAX: usize = 16;
+
+/// Most runs that wait to be prefetched: a working set is an eighth of that.
+const PREFETCH_RUNS_MAX: usize = 32_768;
+
+const _: () = assert!(PREFETCH_RUNS_MAX >= working_set::WORKING_SET_RUNS_MAX);
+
+/// The guest's memory may span this many pages: 1 TiB. The states cost a byte for each.
+const SPAN_PAGES_MAX: u64 = 1 << 28;
+
+/// How often settling looks again at what it waits for.
+const SETTLE_POLL: Duration = Duration::from_micros(200);
+
+/// How long a stopping pager waits for its threads. Only a source that hangs takes longer.
+const SHUTDOWN_WAIT: Duration = Duration::from_secs(5);
+
+/// How often a stopping pager looks whether its threads have ended.
+const SHUTDOWN_POLL: Duration = Duration::from_millis(1);
+
+/// What a pager needs to know. [`PagerConfig::new`] fills in the usual.
+pub struct PagerConfig {
+    /// Negotiated, with all regions registered.
+    pub uffd: Uffd,
+    /// The guest's memory.
+    pub regions: Vec<Region>,
+    /// Its content.
+    pub source: Arc<dyn PageSource>,
+    /// What kind of memory it is.
+    pub backing: Backing,
+    /// What `uffd` was negotiated for.
+    pub tracking: WriteTracking,
+    /// The VMM's process, whose /proc/PID/pagemap is read. Needed for asynchronous tracking and
+    /// for tracking on anonymous memory.
+    pub pagemap_pid: Option<i32>,
+    /// What to bring in at once, in this order.
+    pub prefetch: Vec<PageRun>,
+    /// Pages around a fault that are filled along with it (an aligned window; 1 turns it off).
+    pub fault_around_pages: u64,
+    /// Threads that fetch content from the source.
+    pub workers: usize,
+}
+
+impl PagerConfig {
+    /// The usual configuration: no prefetch, 16 pages around each fault, one worker, writes not
+    /// tracked.
+    #[must_use]
+    pub fn new(
+        uffd: Uffd,
+        regions: Vec<Region>,
+        source: Arc<dyn PageSource>,
+        backing: Backing,
+    ) -> Self {
+        Self {
+            uffd,
+            regions,
+            source,
+            backing,
+            tracking: WriteTracking::Off,
+            pagemap_pid: None,
+            prefetch: Vec::new(),
+            fault_around_pages: FAULT_AROUND_PAGES,
+            workers: 1,
+        }
+    }
+}
+
+impl std::fmt::Debug for PagerConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PagerConfig")
+            .field("regions", &self.regions)
+            .field("backing", &self.backing)
+            .field("tracking", &self.tracking)
+            .field("prefetch_runs", &self.prefetch.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a guest's memory has become since the resume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirtyPages {
+    /// Pages that the guest wrote: their content must be looked at. None is missing; a page may
+    /// be named that holds what it held before.
+    pub written: PageSet,
+    /// Pages that the guest gave back and did not write since: they are zero, present or not.
+    pub removed: PageSet,
+}
+
+/// A running pager.
+pub struct Pager {
+    service: Arc<Service>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    regions: Vec<Region>,
+    span_pages: u64,
+    memfd: Option<std::os::fd::OwnedFd>,
+    pagemap: Option<Pagemap>,
+    tracking: WriteTracking,
+}
+
+impl std::fmt::Debug for Pager {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pager")
+            .field("regions", &self.regions)
+            .field("tracking", &self.tracking)
+            .finish_non_exhaustive()
+    }
+}
+
+fn host(step: &'static str) -> impl Fn(std::io::Error) -> PagerError {
+    move |source| PagerError::Host { step, source }
+}
+
+impl Pager {
+    /// Starts serving. A shared memfd is emptied first: what the VMM left there while it set
+    /// itself up would shadow the build's content.
+    ///
+    /// # Errors
+    /// The configuration contradicts itself, or the host refuses a thread or a file.
+    pub fn start(config: PagerConfig) -> Result<Self, PagerError> {
+        let regions = Regions::new(config.regions.clone())?;
+        check(&config, &regions)?;
+        let span_pages = regions.span_pages();
+        let pagemap = config
+            .pagemap_pid
+            .map(Pagemap::of_process)
+            .transpose()
+            .map_err(host("open the VMM's pagemap"))?;
+        let memfd = match &config.backing {
+            Backing::Anonymous => None,
+            Backing::SharedMemfd(fd) => Some(
+                fd.try_clone()
+                    .map_err(host("duplicate the guest memory's descriptor"))?,
+            ),
+        };
+        let uffd = config.uffd.as_fd().try_clone_to_owned();
+        let uffd = uffd.map_err(host("duplicate the userfaultfd"))?;
+        let kernel = HostKernel {
+            uffd: config.uffd,
+            regions,
+            backing: config.backing,
+            tracking: config.tracking,
+        };
+        kernel
+            .clear_shared()
+            .map_err(host("empty the guest's memory"))?;
+        let failure = FailureSignal::new().map_err(host("make the failure signal"))?;
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let nudge = rustix::event::eventfd(0, flags)
+            .map_err(|error| host("make the reader's eventfd")(error.into()))?;
+        let counters =
+            Counters::new().map_err(|_| PagerError::Config("latency histogram bounds"))?;
+        let parts = (Machine::new(span_pages), counters, failure, nudge);
+        let around_pages = config.fault_around_pages.clamp(1, READ_PAGES_MAX);
+        let service = Arc::new(Service::new(
+            Box::new(kernel),
+            config.source,
+            config.tracking,
+            around_pages,
+            parts,
+        ));
+        let pager = Self {
+            service,
+            threads: Mutex::new(Vec::new()),
+            regions: config.regions,
+            span_pages,
+            memfd,
+            pagemap,
+            tracking: config.tracking,
+        };
+        pager.spawn("reader", move |service| threads::reader(service, &uffd))?;
+        for _ in 0..config.workers {
+            pager.spawn("worker", threads::worker)?;
+        }
+        pager.prefetch(&config.prefetch)?;
+        Ok(pager)
+    }
+
+    fn spawn(
+        &self,
+        name: &'static str,
+        body: impl FnOnce(&Service) + Send + 'static,
+    ) -> Result<(), PagerError> {
+        let thread = threads::spawn(&self.service, name, body).map_err(host("start a thread"))?;
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        // Prefetchers come and go; what has ended needs no joining.
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
+        Ok(())
+    }
+
+    /// Brings these pages in, in this order, behind what is queued already. Returns at once.
+    /// Pages outside the guest, and runs beyond a bound of 32,768, are left to be faulted.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub fn prefetch(&self, runs: &[PageRun]) -> Result<(), PagerError> {
+        let guest = PageRun::new(0, self.span_pages);
+        let start = {
+            let mut state = self.service.lock();
+            let room = PREFETCH_RUNS_MAX.saturating_sub(state.prefetch.len());
+            state.prefetch.extend(
+                runs.iter()
+                    .filter_map(|run| run.clipped_to(guest))
+                    .take(room),
+            );
+            let start = !state.prefetch.is_empty() && !state.prefetcher_runs && !state.stopping;
+            state.prefetcher_runs |= start;
+            start
+        };
+        if start && let Err(error) = self.spawn("prefetch", threads::prefetcher) {
+            self.service.lock().prefetcher_runs = false;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Whether everything that was to be prefetched has been.
+    #[must_use]
+    pub fn prefetch_done(&self) -> bool {
+        !self.service.lock().prefetcher_runs
+    }
+
+    /// Comes to rest, after the vCPUs have been stopped: every queued event is read, every discard
+    /// applied and carried out by the kernel, every fault answered. What is left to prefetch is
+    /// dropped. The pager goes on serving afterwards.
+    ///
+    /// # Errors
+    /// [`PagerError::SettleTimeout`] says what is still moving; [`PagerError::Failed`] and
+    /// [`PagerError::VmmGone`] that there is nothing left to settle.
+    pub fn settle(&self, timeout: Duration) -> Result<(), PagerError> {
+        let started = Instant::now();
+        loop {
+            let (faults, removed) = self.settle_once()?;
+            let discarding_pages = match faults {
+                0 => self.still_discarding(&removed)?,
+                _ => 0,
+            };
+            if faults == 0 && discarding_pages == 0 {
+                return Ok(());
+            }
+            let waited = started.elapsed();
+            if waited >= timeout {
+                return Err(PagerError::SettleTimeout {
+                    waited,
+                    faults,
+                    discarding_pages,
+                });
+            }
+            let state = self.service.lock();
+            let rested = self.service.rest.wait_timeout(state, SETTLE_POLL);
+            drop(rested.unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    /// Reads all events; returns how many faults wait, and the pages that must not be there.
+    fn settle_once(&self) -> Result<(usize, PageSet), PagerError> {
+        let mut state = self.service.lock();
+        state.prefetch = VecDeque::new();
+        self.service.drain_for_others(&mut state);
+        if let Some(failure) = self.service.failure.get() {
+            return Err(PagerError::Failed(failure));
+        }
+        if state.vmm_gone {
+            return Err(PagerError::VmmGone);
+        }
+        Ok((
+            state.machine.waiting().0,
+            state.machine.removed_and_absent(),
+        ))
+    }
+
+    /// Pages whose discard has been announced while the kernel still has them: on anonymous
+    /// memory the discarding thread drops them itself, some time after its event has been read.
+    fn still_discarding(&self, removed: &PageSet) -> Result<u64, PagerError> {
+        let (None, Some(pagemap)) = (&self.memfd, &self.pagemap) else {
+            return Ok(0);
+        };
+        let mut pages = 0;
+        for region in &self.regions {
+            for (start, end) in runs_in(removed, region) {
+                let mut count = |from: u64, to: u64| pages += (to - from) / PAGE_SIZE_U64;
+                pagemap
+                    .there(start, end, &mut count)
+                    .map_err(host("read the VMM's pagemap"))?;
+            }
+        }
+        Ok(pages)
+    }
+
+    /// What has been written and what has been given back since the resume. After
+    /// [`Pager::settle`], with the vCPUs stopped.
+    ///
+    /// # Errors
+    /// Writes are not tracked, or the VMM's page tables cannot be read.
+    pub fn dirty(&self) -> Result<DirtyPages, PagerError> {
+        if !self.tracking.protects() {
+            return Err(PagerError::NotTracked);
+        }
+        let (known, mut removed) = {
+            let state = self.service.lock();
+            (
+                state.machine.known_written(),
+                state.machine.removed_since_resume(),
+            )
+        };
+        // A page that was marked written and is not there was dropped by a discard that was
+        // under way when it was installed.
+        let there = self.pages_there()?;
+        let mut written = PageSet::with_capacity_pages(self.span_pages);
+        known
+            .runs()
+            .for_each(|run| insert_common(&mut written, run, &there));
+        if self.tracking == WriteTracking::Async {
+            self.add_scanned(&mut written, &there)?;
+        }
+        written
+            .runs()
+            .flat_map(|run| run.first_page..run.end_page())
+            .for_each(|page| {
+                removed.remove(page);
+            });
+        Ok(DirtyPages { written, removed })
+    }
+
+    /// Pages that the kernel holds, in memory or swapped out.
+    fn pages_there(&self) -> Result<PageSet, PagerError> {
+        let mut there = PageSet::with_capacity_pages(self.span_pages);
+        if let Some(memfd) = &self.memfd {
+            memfd_runs(memfd.as_fd(), self.span_pages, &mut |run| {
+                there.insert_run(run)
+            })
+            .map_err(host("find the guest memory's pages"))?;
+        } else if let Some(pagemap) = &self.pagemap {
+            for region in &self.regions {
+                let mut add = |start, end| there.insert_run(guest_run(region, start, end));
+                pagemap
+                    .there(region.host_addr, region.host_end(), &mut add)
+                    .map_err(host("read the VMM's pagemap"))?;
+            }
+        }
+        Ok(there)
+    }
+
+    /// Adds what the kernel saw being written.
+    ///
+    /// On shared memory a written page can be missing from the page table (reclaimed, or swapped
+    /// out) and still be in the memfd. So there everything counts that lost its protection and is
+    /// in the memfd.
+    fn add_scanned(&self, written: &mut PageSet, there: &PageSet) -> Result<(), PagerError> {
+        let Some(pagemap) = &self.pagemap else {
+            return Ok(());
+        };
+        for region in &self.regions {
+            let (start, end) = (region.host_addr, region.host_end());
+            let scanned = if self.memfd.is_some() {
+                pagemap.unprotected(start, end, &mut |from, to| {
+                    insert_common(written, guest_run(region, from, to), there);
+                })
+            } else {
+                pagemap.written_there(start, end, &mut |from, to| {
+                    written.insert_run(guest_run(region, from, to));
+                })
+            };
+            scanned.map_err(host("scan the VMM's page table (PAGEMAP_SCAN)"))?;
+        }
+        Ok(())
+    }
+
+    /// The pages that the next resume of this memory should prefetch, within
+    /// [`WORKING_SET_PAGES_MAX`](crate::WORKING_SET_PAGES_MAX).
+    #[must_use]
+    pub fn working_set(&self) -> Vec<PageRun> {
+        let (used, brought_in) = self.service.lock().machine.used_and_brought_in();
+        working_set::compact(&used, &brought_in)
+    }
+
+    /// The figures so far.
+    #[must_use]
+    pub fn stats(&self) -> PagerStats {
+        let state = self.service.lock();
+        state.counters.snapshot(state.machine.waiting().0)
+    }
+
+    /// The signal that the pager had to give up on the guest, whose VMM must then be killed.
+    #[must_use]
+    pub fn failure(&self) -> FailureSignal {
+        self.service.failure.clone()
+    }
+
+    /// Stops serving and lets go of the userfaultfd. The VMM must be dead, or about to be.
+    ///
+    /// # Errors
+    /// A thread hangs in the page source; it is left behind.
+    pub fn shutdown(self) -> Result<(), PagerError> {
+        self.stop()
+    }
+
+    fn stop(&self) -> Result<(), PagerError> {
+        self.service.lock().stopping = true;
+        self.service.work.notify_all();
+        self.service.stop.notify_all();
+        self.service.rest.notify_all();
+        self.service.nudge_reader();
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let started = Instant::now();
+        loop {
+            threads.retain(|thread| !thread.is_finished());
+            if threads.is_empty() {
+                return Ok(());
+            }
+            let waited = started.elapsed();
+            if waited >= SHUTDOWN_WAIT {
+                let threads = std::mem::take(&mut *threads).len();
+                return Err(PagerError::ShutdownTimeout { threads, waited });
+            }
+            std::thread::sleep(SHUTDOWN_POLL);
+        }
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            tracing::error!(%error, "a pager was dropped and could not stop");
+        }
+    }
+}
+
+fn check(config: &PagerConfig, regions: &Regions) -> Result<(), PagerError> {
+    if regions.span_pages() > SPAN_PAGES_MAX {
+        return Err(PagerError::Config(
+            "the guest's memory spans more than 1 TiB",
+        ));
+    }
+    if config.workers == 0 || config.workers > WORKERS_MAX {
+        return Err(PagerError::Config("between 1 and 16 workers"));
+    }
+    let anonymous = matches!(config.backing, Backing::Anonymous);
+    let needs_pagemap = match config.tracking {
+        WriteTracking::Async => true,
+        WriteTracking::Sync => anonymous,
+        WriteTracking::Off => false,
+    };
+    if needs_pagemap && config.pagemap_pid.is_none() {
+        return Err(PagerError::Config(
+            "this way of tracking writes needs the VMM's pagemap",
+        ));
+    }
+    Ok(())
+}
+
+/// The guest pages of an address range inside a region.
+fn guest_run(region: &Region, start: u64, end: u64) -> PageRun {
+    let byte = start - region.host_addr + region.guest_offset_bytes;
+    PageRun::new(byte / PAGE_SIZE_U64, (end - start) / PAGE_SIZE_U64)
+}
+
+/// The address ranges that a set's pages have in a region.
+fn runs_in<'a>(set: &'a PageSet, region: &'a Region) -> impl Iterator<Item = (u64, u64)> + 'a {
+    let pages = guest_run(region, region.host_addr, region.host_end());
+    set.runs()
+        .filter_map(move |run| run.clipped_to(pages))
+        .map(move |run| {
+            let start =
+                region.host_addr + run.first_page * PAGE_SIZE_U64 - region.guest_offset_bytes;
+            (start, start + run.pages * PAGE_SIZE_U64)
+        })
+}
+
+fn insert_common(set: &mut PageSet, run: PageRun, other: &PageSet) {
+    for page in run.first_page..run.end_page() {
+        if other.contains(page) {
+            set.insert(page);
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! What the pager has done so far.
+
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use serde::Serialize;
+
+/// The longest latency that the histogram tells apart: a minute. Longer ones count as a minute in
+/// the percentiles; the maximum is kept apart.
+const LATENCY_US_MAX: u64 = 60_000_000;
+
+/// Two significant digits: about 20 KiB, and a percentile is right to 1 %.
+const LATENCY_DIGITS: u8 = 2;
+
+/// A pager's figures since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PagerStats {
+    /// Page faults answered, write-protect faults included.
+    pub faults: u64,
+    /// Write-protect faults among them (synchronous write tracking only).
+    pub write_faults: u64,
+    /// Pages installed with the source's bytes, for whatever reason.
+    pub pages_copied: u64,
+    /// Pages installed as zeros, for whatever reason.
+    pub pages_zeroed: u64,
+    /// Pages among both that were brought in as neighbours of a faulting page.
+    pub pages_around: u64,
+    /// Pages among both that were prefetched.
+    pub pages_prefetched: u64,
+    /// Discards.
+    pub removes: u64,
+    /// Pages that they covered.
+    pub pages_removed: u64,
+    /// Times that the kernel put an operation off because of a discard under way.
+    pub eagain: u64,
+    /// Reads of the source that failed and were repeated.
+    pub source_retries: u64,
+    /// Faults that waited longer than the watchdog allows.
+    pub slow_faults: u64,
+    /// Faults that wait now.
+    pub faults_waiting: u64,
+    /// Half of the faults were answered within this time, from their being read to the wake.
+    pub p50_us: u64,
+    /// 99 of 100 were.
+    pub p99_us: u64,
+    /// All were.
+    pub max_us: u64,
+}
+
+/// The running counters.
+#[derive(Debug)]
+pub(crate) struct Counters {
+    pub(crate) stats: PagerStats,
+    latency_us: Histogram<u64>,
+    max: Duration,
+}
+
+impl Counters {
+    pub(crate) fn new() -> Result<Self, hdrhistogram::CreationError> {
+        Ok(Self {
+            stats: PagerStats::default(),
+            latency_us: Histogram::new_with_max(LATENCY_US_MAX, LATENCY_DIGITS)?,
+            max: Duration::ZERO,
+        })
+    }
+
+    pub(crate) fn fault_answered(&mut self, took: Duration) {
+        self.stats.faults += 1;
+        self.max = self.max.max(took);
+        self.latency_us
+            .saturating_record(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+    }
+
+    pub(crate) fn snapshot(&self, faults_waiting: usize) -> PagerStats {
+        PagerStats {
+            faults_waiting: faults_waiting as u64,
+            p50_us: self.latency_us.value_at_quantile(0.5),
+            p99_us: self.latency_us.value_at_quantile(0.99),
+            max_us: u64::try_from(self.max.as_micros()).unwrap_or(u64::MAX),
+            ..self.stats
+        }
+    }
+}
