@@ -1,0 +1,38 @@
+# The front door. Each target is one line; what it does is in scripts/ or in the programs.
+
+.DEFAULT_GOAL := help
+.PHONY: setup build demo test test-long bench lint clean help
+
+TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
+# Tests boot the same static agent as the programs do, not the one that `cargo test` links beside them.
+export TORPOR_ENVD := $(TARGET_DIR)/release/envd
+# The same lines on a terminal, in a pipe and in CI.
+export CARGO_TERM_COLOR := never
+export CARGO_TERM_PROGRESS_WHEN := never
+
+setup: ## get what is missing: apt packages, guest kernel, base root file system
+	@scripts/setup
+
+build: ## build the programs and the guest's agent
+	@scripts/build
+
+demo: setup build ## run the main job on a real guest: target/demo/report.json and report.svg
+	@$(TARGET_DIR)/release/torpor-demo
+
+test: setup build ## run every test, real guests included
+	@cargo test --locked --workspace
+
+test-long: setup build ## run the tests that take long, too
+	@cargo test --locked --workspace -- --include-ignored
+
+bench: setup build ## measure, against the bars that the README names
+	@$(TARGET_DIR)/release/torpor-bench
+
+lint: ## formatting, clippy and rustdoc, all without warnings
+	@cargo fmt --all --check && cargo clippy --locked --workspace --all-targets -- -D warnings && RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
+
+clean: ## remove what was built (the set-up's cache stays)
+	@cargo clean
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.* ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
