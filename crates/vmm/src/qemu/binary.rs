@@ -1,0 +1,155 @@
+//! Which QEMU there is.
+
+use std::env;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::error::{Result, VmmError};
+use crate::machine::{Accel, VmmIdentity};
+use crate::qemu::command_line::MACHINE_IDENTITY;
+
+/// The program's name on every distribution that we know.
+const BINARY_NAME: &str = "qemu-system-x86_64";
+/// How long `--version` may take: it prints a line; a minute is for a host that swaps.
+const VERSION_DEADLINE: Duration = Duration::from_secs(60);
+/// How often we look whether it has ended.
+const VERSION_LOOK_INTERVAL: Duration = Duration::from_millis(5);
+/// The longest `--version` text that we read; QEMU's has about 150 bytes.
+const VERSION_BYTES_MAX: u64 = 4 << 10;
+
+/// A QEMU that was found and has told its version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QemuBinary {
+    /// The program.
+    pub path: PathBuf,
+    /// Its upstream version, as in `7.2.22`.
+    pub version: String,
+}
+
+impl QemuBinary {
+    /// Takes `explicit`, or else the first `qemu-system-x86_64` in `PATH`. Blocks for some ten
+    /// milliseconds.
+    ///
+    /// # Errors
+    /// There is none, or it is none.
+    pub fn find(explicit: Option<&Path>) -> Result<Self> {
+        let path = match explicit {
+            Some(path) if path.is_file() => path.to_owned(),
+            Some(path) => {
+                return Err(VmmError::BinaryMissing {
+                    binary: "QEMU".to_owned(),
+                    searched: format!("there is no file {}", path.display()),
+                });
+            }
+            None => search_path().ok_or_else(|| VmmError::BinaryMissing {
+                binary: BINARY_NAME.to_owned(),
+                searched: "looked in every directory of PATH".to_owned(),
+            })?,
+        };
+        let unusable = |detail: String| VmmError::BinaryUnusable {
+            path: path.clone(),
+            detail,
+        };
+        let text = ask_version(&path).map_err(|e| unusable(e.to_string()))?;
+        let version = parse_version(&text)
+            .ok_or_else(|| unusable(format!("it said {:?}", text.trim())))?
+            .to_owned();
+        Ok(Self { path, version })
+    }
+
+    /// Who a machine under this QEMU would be, to be compared with a record before it is started.
+    #[must_use]
+    pub fn identity(&self, accel: Accel) -> VmmIdentity {
+        VmmIdentity {
+            name: "qemu".to_owned(),
+            version: self.version.clone(),
+            machine: MACHINE_IDENTITY.to_owned(),
+            accel,
+        }
+    }
+}
+
+fn search_path() -> Option<PathBuf> {
+    env::split_paths(&env::var_os("PATH")?)
+        .map(|dir| dir.join(BINARY_NAME))
+        .find(|path| path.is_file())
+}
+
+fn ask_version(path: &Path) -> io::Result<String> {
+    let mut child = Command::new(path)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let deadline = Instant::now() + VERSION_DEADLINE;
+    // Its text fits a pipe's buffer many times over, so that it can end before we read.
+    while child.try_wait()?.is_none() {
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        std::thread::sleep(VERSION_LOOK_INTERVAL);
+    }
+    let mut text = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        stdout.take(VERSION_BYTES_MAX).read_to_string(&mut text)?;
+    }
+    Ok(text)
+}
+
+/// `QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)`
+fn parse_version(text: &str) -> Option<&str> {
+    let version = text
+        .split_once("QEMU emulator version ")?
+        .1
+        .split_whitespace()
+        .next()?;
+    let numbers = version.split('.').all(|part| part.parse::<u32>().is_ok());
+    (numbers && version.contains('.')).then_some(version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_the_upstream_one() {
+        let debian12 = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright";
+        assert_eq!(parse_version(debian12), Some("7.2.22"));
+        let debian13 = "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2+deb13u1)\n";
+        assert_eq!(parse_version(debian13), Some("10.0.2"));
+        assert_eq!(parse_version("Python 3.11.2"), None);
+        assert_eq!(parse_version("QEMU emulator version x"), None);
+    }
+
+    #[test]
+    fn a_missing_qemu_names_the_package_to_install() {
+        let error = QemuBinary::find(Some(Path::new("/nonexistent/qemu")))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("/nonexistent/qemu"), "{error}");
+        assert!(error.contains("apt-get install qemu-system-x86"), "{error}");
+    }
+
+    #[test]
+    fn another_program_is_not_taken_for_qemu() {
+        let error = QemuBinary::find(Some(Path::new("/bin/true")))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("/bin/true does not answer --version"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_distributions_qemu_is_found() {
+        let found = QemuBinary::find(None).unwrap();
+        assert!(found.version.starts_with(|c: char| c.is_ascii_digit()));
+        assert_eq!(found.identity(Accel::Tcg).version, found.version);
+    }
+}

@@ -1,0 +1,240 @@
+//! One QEMU process and the lines to it: QMP, the agent's channel, the guest's memory.
+
+use std::fs::OpenOptions;
+use std::future::Future;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use qapi::qmp::{
+    MigrationCapability, MigrationCapabilityStatus, QmpCommand, RunState, migrate_set_capabilities,
+    query_status,
+};
+use tokio::net::UnixStream;
+
+use crate::error::{Result, VmmError};
+use crate::host::check_room;
+use crate::machine::{MachineConfig, VmmIdentity};
+use crate::memory::{GuestMemory, create_memfd, locate};
+use crate::qemu::binary::QemuBinary;
+use crate::qemu::command_line::{Start, arguments, inherited};
+use crate::qemu::console::ConsoleLog;
+use crate::qemu::process::{Process, Spawn};
+use crate::qemu::qmp::Qmp;
+use crate::vmm::VmmExit;
+
+/// How long we wait for the reason when the connection breaks: a QEMU that ends closes it some
+/// milliseconds before it is reaped.
+const REASON_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A QEMU that has greeted us. Its vCPUs do not run yet.
+#[derive(Debug)]
+pub(super) struct Instance {
+    pub(super) identity: VmmIdentity,
+    pub(super) process: Process,
+    memory_bytes: u64,
+    memfd: OwnedFd,
+    qmp: Qmp,
+    agent: Mutex<Option<UnixStream>>,
+    /// Whether QEMU inherited `/dev/userfaultfd`.
+    has_userfaultfd_device: bool,
+}
+
+impl Instance {
+    pub(super) async fn start(
+        binary: &QemuBinary,
+        machine: &MachineConfig,
+        start: Start<'_>,
+        console_log: &Path,
+    ) -> Result<Self> {
+        machine.check()?;
+        check_files(machine, start)?;
+        check_room(machine.memory_bytes)?;
+        let args = arguments(machine, start)?;
+        let console_log = ConsoleLog::create(console_log)?;
+        let memfd = create_memfd(machine.memory_bytes)?;
+        let (qmp, qmp_theirs) = socketpair()?;
+        let (agent, agent_theirs) = socketpair()?;
+        let (console, console_theirs) = socketpair()?;
+        let mut fds = vec![
+            (
+                inherited::MEMORY,
+                host("duplicate a descriptor", memfd.try_clone())?,
+            ),
+            (inherited::QMP, qmp_theirs.into()),
+            (inherited::AGENT, agent_theirs.into()),
+            (inherited::CONSOLE, console_theirs.into()),
+        ];
+        // For users who may not call userfaultfd(2). Its absence is no error here: root can.
+        let device = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/userfaultfd");
+        let has_userfaultfd_device = device.is_ok();
+        fds.extend(
+            device
+                .ok()
+                .map(|device| (inherited::USERFAULTFD_DEVICE, device.into())),
+        );
+
+        let program = binary.path.clone();
+        let process = Process::spawn(Spawn {
+            program,
+            args,
+            fds,
+            console,
+            console_log,
+        })
+        .await?;
+        let qmp = match Qmp::open(qmp).await {
+            Ok(qmp) => qmp,
+            Err(error) => {
+                return Err(match process.wait_exit_for(REASON_PATIENCE).await {
+                    Some(exit) => VmmError::Start { exit: exit.into() },
+                    None => error,
+                });
+            }
+        };
+        let agent = host("use a socket", agent.set_nonblocking(true))
+            .and_then(|()| host("use a socket", UnixStream::from_std(agent)))?;
+        let instance = Self {
+            identity: binary.identity(machine.accel),
+            process,
+            memory_bytes: machine.memory_bytes,
+            memfd,
+            qmp,
+            agent: Mutex::new(Some(agent)),
+            has_userfaultfd_device,
+        };
+        instance.leave_memory_out_of_states().await?;
+        Ok(instance)
+    }
+
+    /// Device state without memory: that stays in the memfd, where we read it.
+    async fn leave_memory_out_of_states(&self) -> Result<()> {
+        let capability = MigrationCapabilityStatus {
+            capability: MigrationCapability::x_ignore_shared,
+            state: true,
+        };
+        self.execute(migrate_set_capabilities {
+            capabilities: vec![capability],
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Runs a QMP command. A QEMU that died meanwhile is reported as such, with what it said.
+    pub(super) async fn execute<C>(&self, command: C) -> Result<C::Ok>
+    where
+        C: QmpCommand + 'static,
+        C::Ok: Send + 'static,
+    {
+        self.explain(C::NAME, self.qmp.execute(command)).await
+    }
+
+    pub(super) async fn send_descriptor(&self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
+        self.explain("getfd", self.qmp.send_descriptor(name, fd))
+            .await
+    }
+
+    async fn explain<T>(
+        &self,
+        what: &'static str,
+        work: impl Future<Output = Result<T>> + Send,
+    ) -> Result<T> {
+        if let Some(exit) = self.process.exited() {
+            return Err(VmmError::Died {
+                what,
+                exit: exit.into(),
+            });
+        }
+        match work.await {
+            Err(broken @ VmmError::Broken { .. }) => {
+                match self.process.wait_exit_for(REASON_PATIENCE).await {
+                    Some(exit) => Err(VmmError::Died {
+                        what,
+                        exit: exit.into(),
+                    }),
+                    None => Err(broken),
+                }
+            }
+            result => result,
+        }
+    }
+
+    pub(super) async fn run_state(&self) -> Result<RunState> {
+        Ok(self.execute(query_status {}).await?.status)
+    }
+
+    pub(super) fn memfd(&self) -> BorrowedFd<'_> {
+        self.memfd.as_fd()
+    }
+
+    pub(super) fn memory(&self) -> Result<GuestMemory> {
+        if let Some(exit) = self.process.exited() {
+            return Err(VmmError::Died {
+                what: "find the guest's memory",
+                exit: exit.into(),
+            });
+        }
+        let memfd = host("duplicate a descriptor", self.memfd.try_clone())?;
+        locate(memfd, self.process.pid(), self.memory_bytes)
+    }
+
+    pub(super) fn take_agent_channel(&self) -> Option<UnixStream> {
+        self.agent
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    /// What an injected call needs to know.
+    pub(super) fn for_injection(&self) -> (u32, Arc<OwnedFd>, Option<i32>) {
+        let device = self
+            .has_userfaultfd_device
+            .then_some(inherited::USERFAULTFD_DEVICE);
+        (self.process.pid(), Arc::clone(self.process.pidfd()), device)
+    }
+
+    pub(super) async fn wait_exit(&self) -> VmmExit {
+        self.process.wait_exit().await
+    }
+}
+
+/// Looks at every file before QEMU does: its own messages do not say which role a file has.
+fn check_files(machine: &MachineConfig, start: Start<'_>) -> Result<()> {
+    let check = |role, path: &Path, write: bool| {
+        let opened = OpenOptions::new().read(true).write(write).open(path);
+        let file = opened.and_then(|file| {
+            if file.metadata()?.is_file() {
+                Ok(())
+            } else {
+                Err(std::io::ErrorKind::IsADirectory.into())
+            }
+        });
+        file.map_err(|source| VmmError::File {
+            role,
+            path: path.to_owned(),
+            source,
+        })
+    };
+    check("base image", &machine.base_image, false)?;
+    check("writable disk", &machine.writable_disk, true)?;
+    if let Start::Kernel(boot) = start {
+        check("kernel", &boot.kernel, false)?;
+        if let Some(initramfs) = &boot.initramfs {
+            check("initramfs", initramfs, false)?;
+        }
+    }
+    Ok(())
+}
+
+fn socketpair() -> Result<(StdUnixStream, StdUnixStream)> {
+    host("make a socket pair", StdUnixStream::pair())
+}
+
+pub(super) fn host<T>(what: &'static str, result: std::io::Result<T>) -> Result<T> {
+    result.map_err(|source| VmmError::Host { what, source })
+}

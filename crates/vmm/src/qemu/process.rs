@@ -1,0 +1,346 @@
+//! QEMU as a child: how it is started, watched and ended.
+//!
+//! Each QEMU has one thread of ours, its **warden**. It spawns the process, then reads what it
+//! says until it ends, and reaps it:
+//!
+//! ```text
+//!            fork+exec          stderr ──▶ last lines kept     ┐
+//!  warden ──────────────▶ QEMU  console ─▶ bounded log file    ├─ poll ─▶ exit ─▶ reap, publish
+//!                               pidfd  ──▶ it ended            ┘
+//! ```
+//!
+//! The warden lives as long as QEMU does, and it must: the parent-death signal fires when the
+//! *thread* that spawned the child ends, not when the process does.
+//!
+//! Invariants:
+//! * QEMU inherits the descriptors that it is given and none else, an empty environment, and
+//!   `/` as its working directory. It leads its own session: a ctrl-C in our terminal is ours.
+//! * Nobody but the warden waits for the exit, so that the status is never stolen.
+//! * The warden needs no async runtime: log and exit status are kept up while ours is busy.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use command_fds::{CommandFdExt, FdMapping};
+use rustix::event::{PollFd, PollFlags, poll};
+use tokio::sync::{oneshot, watch};
+
+use crate::error::{Result, VmmError};
+use crate::inject::open_pidfd;
+use crate::qemu::console::ConsoleLog;
+use crate::vmm::VmmExit;
+
+/// How much of QEMU's standard error is kept: its last lines explain an exit, and a QEMU that
+/// warns without end must not fill our memory.
+const STDERR_TAIL_BYTES: usize = 4 << 10;
+/// How long a killed QEMU may take to be gone. Tearing down the memory of a large guest takes
+/// a second; beyond this the kernel is stuck.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// One read of the console or of standard error.
+const READ_BYTES: usize = 4 << 10;
+/// The warden reads and polls: it needs no deep stack.
+const WARDEN_STACK_BYTES: usize = 128 << 10;
+
+/// What is started.
+#[derive(Debug)]
+pub(super) struct Spawn {
+    pub(super) program: PathBuf,
+    pub(super) args: Vec<OsString>,
+    /// What QEMU inherits, by the number that it has there.
+    pub(super) fds: Vec<(i32, OwnedFd)>,
+    /// Our end of the guest's serial console.
+    pub(super) console: UnixStream,
+    pub(super) console_log: ConsoleLog,
+}
+
+/// A QEMU that was started. Dropping it kills it; the warden reaps it.
+#[derive(Debug)]
+pub(super) struct Process {
+    pid: u32,
+    pidfd: Arc<OwnedFd>,
+    exit: watch::Receiver<Option<VmmExit>>,
+}
+
+impl Process {
+    /// Starts QEMU under a warden of its own.
+    pub(super) async fn spawn(spawn: Spawn) -> Result<Self> {
+        let path = spawn.program.clone();
+        let failed = |source| VmmError::File {
+            role: "QEMU binary",
+            path,
+            source,
+        };
+        let (exit_sender, exit) = watch::channel(None);
+        let (started_sender, started) = oneshot::channel();
+        let warden = thread::Builder::new()
+            .name("torpor-warden".into())
+            .stack_size(WARDEN_STACK_BYTES)
+            .spawn(move || warden(spawn, started_sender, &exit_sender));
+        if let Err(source) = warden {
+            return Err(VmmError::Host {
+                what: "start a thread for QEMU",
+                source,
+            });
+        }
+        // A fork and an exec: bounded by the kernel, not by anything that could hang.
+        let started = started
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
+        let (pid, pidfd) = started.map_err(failed)?;
+        Ok(Self { pid, pidfd, exit })
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    pub(super) fn pidfd(&self) -> &Arc<OwnedFd> {
+        &self.pidfd
+    }
+
+    pub(super) fn exited(&self) -> Option<VmmExit> {
+        self.exit.borrow().clone()
+    }
+
+    pub(super) async fn wait_exit(&self) -> VmmExit {
+        let mut exit = self.exit.clone();
+        let gone = exit.wait_for(Option::is_some).await;
+        // The sender is dropped without a value only if the warden itself died.
+        gone.ok()
+            .and_then(|exit| exit.clone())
+            .unwrap_or_else(|| VmmExit {
+                code: None,
+                signal: None,
+                stderr_tail: "its warden thread died".into(),
+            })
+    }
+
+    /// The exit, if it comes within `patience`.
+    pub(super) async fn wait_exit_for(&self, patience: Duration) -> Option<VmmExit> {
+        tokio::time::timeout(patience, self.wait_exit()).await.ok()
+    }
+
+    pub(super) async fn kill(&self) -> Result<VmmExit> {
+        self.send_kill();
+        self.wait_exit_for(KILL_DEADLINE)
+            .await
+            .ok_or(VmmError::Timeout {
+                command: "SIGKILL",
+                deadline_ms: KILL_DEADLINE.as_millis(),
+            })
+    }
+
+    fn send_kill(&self) {
+        // By pidfd: it can only hit this very process. ESRCH: it is gone, which is what we want.
+        let sent = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
+        if let Err(e) = sent
+            && e != rustix::io::Errno::SRCH
+        {
+            tracing::warn!(pid = self.pid, "cannot kill QEMU: {e}");
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.send_kill();
+    }
+}
+
+type Started = io::Result<(u32, Arc<OwnedFd>)>;
+
+fn warden(spawn: Spawn, started: oneshot::Sender<Started>, exit: &watch::Sender<Option<VmmExit>>) {
+    let Spawn {
+        program,
+        args,
+        fds,
+        console,
+        console_log,
+    } = spawn;
+    let mut child = match start(&program, args, fds) {
+        Ok(child) => child,
+        Err(e) => {
+            // A caller that went away needs no answer.
+            drop(started.send(Err(e)));
+            return;
+        }
+    };
+    let pidfd = match open_pidfd(child.id()) {
+        Ok(pidfd) => Arc::new(pidfd),
+        Err(e) => {
+            end(&mut child);
+            drop(started.send(Err(e)));
+            return;
+        }
+    };
+    let abandoned = started.send(Ok((child.id(), Arc::clone(&pidfd)))).is_err();
+    if abandoned {
+        end(&mut child);
+        return;
+    }
+    let stderr = child.stderr.take();
+    let stderr_tail = watch_over(&pidfd, stderr, console, console_log);
+    let status = child.wait();
+    exit.send_replace(Some(describe(status, stderr_tail)));
+}
+
+/// Kills and reaps a child that nobody will ever use.
+fn end(child: &mut Child) {
+    if let Err(e) = child.kill().and_then(|()| child.wait()) {
+        tracing::warn!("cannot end a QEMU that was started in vain: {e}");
+    }
+}
+
+fn start(program: &PathBuf, args: Vec<OsString>, fds: Vec<(i32, OwnedFd)>) -> io::Result<Child> {
+    let highest_fd = fds.iter().map(|(number, _)| *number).fold(2, i32::max);
+    let mappings = fds
+        .into_iter()
+        .map(|(child_fd, parent_fd)| FdMapping {
+            parent_fd,
+            child_fd,
+        })
+        .collect();
+    let mut command = Command::new(program);
+    command
+        .args(args)
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    command
+        .fd_mappings(mappings)
+        .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+    let parent = std::process::id();
+    // SAFETY: the closure runs between fork and exec and only makes system calls; it takes no
+    // lock and allocates nothing. It runs after the closure of `fd_mappings`, which was
+    // registered before it.
+    unsafe { command.pre_exec(move || before_exec(parent, highest_fd)) };
+    command.spawn()
+}
+
+/// What the child does for itself, with system calls only.
+fn before_exec(parent: u32, highest_fd: i32) -> io::Result<()> {
+    rustix::process::setsid()?;
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    // The parent may have died before the line above: then nobody would ever kill us.
+    let parent_now = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
+    if parent_now != i32::try_from(parent).ok() {
+        return Err(io::ErrorKind::NotConnected.into());
+    }
+    // Rust marks its descriptors close-on-exec; a C library in this process may not. A child
+    // that lives for days must not hold someone's lock file open.
+    let first = u32::try_from(highest_fd + 1).unwrap_or(3);
+    // SAFETY: close_range with CLOSE_RANGE_CLOEXEC only sets a flag on descriptors.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            first,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    // Kernels before 5.11 do not know it: then the descriptors stay as they are.
+    if answer == -1 && io::Error::last_os_error().raw_os_error() != Some(libc::EINVAL) {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Reads standard error and the console until the process has ended and both are empty; returns
+/// the end of what it said.
+fn watch_over(
+    pidfd: &OwnedFd,
+    stderr: Option<ChildStderr>,
+    console: UnixStream,
+    mut log: ConsoleLog,
+) -> String {
+    let mut said: VecDeque<u8> = VecDeque::new();
+    let mut stderr = stderr.filter(|pipe| set_nonblocking(pipe));
+    let mut console = Some(console).filter(|socket| socket.set_nonblocking(true).is_ok());
+    loop {
+        let ended = wait_for_something(pidfd, stderr.as_ref(), console.as_ref());
+        let stderr_open = take_all(&mut stderr, |bytes| keep_tail(&mut said, bytes));
+        let console_open = take_all(&mut console, |bytes| log.append(bytes));
+        if ended {
+            break;
+        }
+        if !stderr_open {
+            stderr = None;
+        }
+        if !console_open {
+            console = None;
+        }
+    }
+    String::from_utf8_lossy(said.make_contiguous()).into_owned()
+}
+
+/// Sleeps until there is something to read, or the process has ended (true).
+fn wait_for_something(
+    pidfd: &OwnedFd,
+    stderr: Option<&ChildStderr>,
+    console: Option<&UnixStream>,
+) -> bool {
+    let mut fds = vec![PollFd::new(pidfd, PollFlags::IN)];
+    fds.extend(stderr.map(|pipe| PollFd::new(pipe, PollFlags::IN)));
+    fds.extend(console.map(|socket| PollFd::new(socket, PollFlags::IN)));
+    loop {
+        // The one wait without a deadline: it ends with the process, whose end is in the set.
+        match poll(&mut fds, None) {
+            Ok(_) => return !fds[0].revents().is_empty(),
+            Err(rustix::io::Errno::INTR) => {}
+            // Cannot be with valid descriptors; the blocking wait that follows is right too.
+            Err(_) => return true,
+        }
+    }
+}
+
+/// Reads what is there; false once the other end is closed.
+fn take_all<R: Read>(reader: &mut Option<R>, mut each: impl FnMut(&[u8])) -> bool {
+    let Some(reader) = reader else { return false };
+    let mut buf = [0; READ_BYTES];
+    loop {
+        match reader.read(&mut buf) {
+            Ok(0) => return false,
+            Ok(len) => each(&buf[..len]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return e.kind() == io::ErrorKind::WouldBlock,
+        }
+    }
+}
+
+fn set_nonblocking(fd: impl AsFd) -> bool {
+    rustix::fs::fcntl_getfl(&fd)
+        .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK))
+        .is_ok()
+}
+
+fn keep_tail(tail: &mut VecDeque<u8>, bytes: &[u8]) {
+    tail.extend(bytes);
+    let excess = tail.len().saturating_sub(STDERR_TAIL_BYTES);
+    tail.drain(..excess);
+}
+
+fn describe(status: io::Result<ExitStatus>, stderr_tail: String) -> VmmExit {
+    match status {
+        Ok(status) => VmmExit {
+            code: status.code(),
+            signal: status.signal(),
+            stderr_tail,
+        },
+        Err(e) => VmmExit {
+            code: None,
+            signal: None,
+            stderr_tail: format!("{stderr_tail}{e}"),
+        },
+    }
+}

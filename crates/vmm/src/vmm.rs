@@ -1,0 +1,143 @@
+//! The one trait: what a sandbox asks of its VMM while the guest lives.
+//!
+//! All methods take `&self`, so that one task can wait for the exit while another works. None
+//! may be called from a thread that serves page faults: the VMM itself can wait for a page.
+
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
+
+use crate::error::Result;
+use crate::machine::VmmIdentity;
+use crate::memory::GuestMemory;
+
+/// A virtual machine that runs or stands still. Dropping it kills it.
+#[async_trait]
+pub trait Vmm: Send + Sync + fmt::Debug {
+    /// Who this is: recorded in a build, compared before a resume.
+    fn identity(&self) -> &VmmIdentity;
+
+    /// The VMM's process id.
+    fn pid(&self) -> u32;
+
+    /// Whether the process is still there, to the best of our knowledge.
+    fn is_alive(&self) -> bool;
+
+    /// Where the guest's memory is: the memfd, and where the VMM has it mapped.
+    ///
+    /// # Errors
+    /// The VMM is gone, or its mappings cannot be read.
+    fn memory(&self) -> Result<GuestMemory>;
+
+    /// The host's end of the channel to the agent in the guest; `None` once it was taken.
+    fn take_agent_channel(&self) -> Option<UnixStream>;
+
+    /// Stops the vCPUs and waits for the disk requests that are under way, so that memory, disk
+    /// and device state stand still. Stopping a stopped machine is no error.
+    ///
+    /// # Errors
+    /// The VMM is gone or does not answer.
+    async fn stop_vcpus(&self) -> Result<()>;
+
+    /// Lets the vCPUs run (again), also after a [`Vmm::save_state`], whether that succeeded or
+    /// not. Resuming a running machine is no error.
+    ///
+    /// # Errors
+    /// The VMM is gone or does not answer.
+    async fn resume_vcpus(&self) -> Result<()>;
+
+    /// The device state of a stopped machine: everything but its memory and its disks. After it
+    /// the vCPUs must be resumed before there can be another one.
+    ///
+    /// Not cancel safe: a future that is dropped half way leaves a migration under way, and only
+    /// [`Vmm::kill`] is of use.
+    ///
+    /// # Errors
+    /// The vCPUs run, the state is larger than its limit, or the VMM failed. The machine can be
+    /// resumed unless the error says that the VMM died.
+    async fn save_state(&self) -> Result<Vec<u8>>;
+
+    /// Gets back what the guest considers free, as far as this VMM can, for at most `ceiling`.
+    /// Never fatal. Cancel safe.
+    async fn drain(&self, ceiling: Duration) -> DrainReport;
+
+    /// Waits until the VMM has ended, and says how. Cancel safe, any number may wait.
+    async fn wait_exit(&self) -> VmmExit;
+
+    /// Kills the VMM and waits until it is gone.
+    ///
+    /// # Errors
+    /// It did not go within ten seconds, which only a kernel that hangs can cause.
+    async fn kill(&self) -> Result<VmmExit>;
+}
+
+/// How a VMM ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmmExit {
+    /// Exit code, if it ended by itself. QEMU ends with 0 when its guest powers off, reboots or
+    /// panics.
+    pub code: Option<i32>,
+    /// Signal, if one killed it.
+    pub signal: Option<i32>,
+    /// The last lines that it wrote to its standard error.
+    pub stderr_tail: String,
+}
+
+impl VmmExit {
+    /// Whether the guest ended itself, rather than the VMM failing or being killed.
+    #[must_use]
+    pub fn guest_ended(&self) -> bool {
+        self.code == Some(0)
+    }
+}
+
+impl fmt::Display for VmmExit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.code, self.signal) {
+            (Some(0), _) => write!(f, "ended with its guest")?,
+            (Some(code), _) => write!(f, "ended with code {code}")?,
+            (None, Some(signal)) => write!(f, "was killed by signal {signal}")?,
+            (None, None) => write!(f, "ended for an unknown reason")?,
+        }
+        let said = self.stderr_tail.trim();
+        if !said.is_empty() {
+            write!(f, "; it said: {said}")?;
+        }
+        Ok(())
+    }
+}
+
+/// What came of a drain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DrainOutcome {
+    /// The memory that the guest holds has stopped falling.
+    Settled,
+    /// It was still falling, or could still fall, when the time ran out.
+    CeilingReached,
+    /// The ceiling was zero.
+    Skipped,
+    /// This machine's balloon does not report free pages.
+    Unsupported,
+    /// The balloon would report, but the guest has no driver that does (yet).
+    GuestSilent,
+    /// The VMM ended, or the memory could not be looked at.
+    Failed(String),
+}
+
+/// What a drain did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainReport {
+    /// How it ended.
+    pub outcome: DrainOutcome,
+    /// How long it took, in milliseconds.
+    pub ms: u64,
+    /// What the host got back while it watched, in bytes; what the guest took at the same time
+    /// is not subtracted.
+    pub released_bytes: u64,
+    /// Host memory that the guest held at the end, in bytes.
+    pub held_bytes: u64,
+}
