@@ -1,0 +1,151 @@
+//! What the tests share.
+#![allow(dead_code, reason = "each test binary uses another part")]
+#![allow(missing_docs, unreachable_pub, reason = "test code")]
+
+use std::path::Path;
+use std::sync::Arc;
+
+use torpor_build::{
+    Build, BuildId, BuildInfo, ImageKind, LayerSummary, PAGE_SIZE, PageContent, Result,
+    StagedBuild, Storage,
+};
+
+pub struct TestStorage {
+    pub storage: Storage,
+    pub dir: tempfile::TempDir,
+}
+
+impl std::ops::Deref for TestStorage {
+    type Target = Storage;
+
+    fn deref(&self) -> &Storage {
+        &self.storage
+    }
+}
+
+/// A storage in memory where there is a tmpfs, as syncing thousands of builds takes its time.
+pub fn storage() -> TestStorage {
+    let shm = Path::new("/dev/shm");
+    let dir = if shm.is_dir() {
+        tempfile::tempdir_in(shm).unwrap()
+    } else {
+        tempfile::tempdir().unwrap()
+    };
+    TestStorage {
+        storage: Storage::open(&dir.path().join("storage")).unwrap(),
+        dir,
+    }
+}
+
+/// A page made from a seed: 0 is all zeros, odd ones are random, even ones compress well.
+pub fn page(seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut page = Vec::with_capacity(PAGE_SIZE);
+    while page.len() < PAGE_SIZE {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let word = match seed {
+            0 => 0,
+            odd if odd % 2 == 1 => state,
+            even => even,
+        };
+        page.extend_from_slice(&word.to_le_bytes());
+    }
+    page
+}
+
+pub fn pages(seeds: &[u64]) -> Vec<u8> {
+    seeds.iter().flat_map(|&seed| page(seed)).collect()
+}
+
+/// What a test pushes for some pages.
+#[derive(Debug, Clone)]
+pub enum Push {
+    Parent(u64),
+    Free(u64),
+    Removed(u64),
+    Data(Vec<u64>),
+}
+
+impl Push {
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Parent(n) | Self::Free(n) | Self::Removed(n) => *n,
+            Self::Data(seeds) => seeds.len() as u64,
+        }
+    }
+}
+
+pub fn write_image(
+    staged: &StagedBuild,
+    kind: ImageKind,
+    parent: Option<&Build>,
+    pushes: &[Push],
+) -> Result<LayerSummary> {
+    let parent = parent
+        .map(|build| build.image(kind).map(Arc::new))
+        .transpose()?;
+    let len_pages = pushes.iter().map(Push::len).sum();
+    let mut writer = staged.image_writer(kind, len_pages, parent)?;
+    let mut page = 0;
+    for push in pushes {
+        let bytes;
+        let content = match push {
+            Push::Parent(_) => PageContent::Parent,
+            Push::Free(_) => PageContent::Free,
+            Push::Removed(_) => PageContent::Removed,
+            Push::Data(seeds) => {
+                bytes = pages(seeds);
+                PageContent::Data(&bytes)
+            }
+        };
+        writer.push(page, push.len(), content)?;
+        page += push.len();
+    }
+    writer.finish()
+}
+
+pub fn info(parent: Option<&Build>) -> BuildInfo {
+    BuildInfo {
+        parent: parent.map(Build::id),
+        ..BuildInfo::default()
+    }
+}
+
+/// A whole build: a memory image, a disk of two pages, device state.
+pub fn try_store(
+    storage: &Storage,
+    id: BuildId,
+    parent: Option<&Build>,
+    memory: &[Push],
+) -> Result<(Build, LayerSummary)> {
+    let staged = storage.begin_build(id)?;
+    let summary = write_image(&staged, ImageKind::Memory, parent, memory)?;
+    write_image(&staged, ImageKind::Disk, parent, &[Push::Data(vec![2, 0])])?;
+    staged.write_vmstate(b"device state")?;
+    Ok((staged.commit(info(parent))?, summary))
+}
+
+pub fn store(storage: &Storage, parent: Option<&Build>, memory: &[Push]) -> Build {
+    try_store(storage, BuildId::random(), parent, memory)
+        .unwrap()
+        .0
+}
+
+pub fn read_all(build: &Build, kind: ImageKind) -> Result<Vec<u8>> {
+    let image = build.image(kind)?;
+    let mut bytes = vec![0xaa; usize::try_from(image.len_pages()).unwrap() * PAGE_SIZE];
+    image.read_pages(0, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// Names left in a part of the storage.
+pub fn names_in(storage: &Storage, part: &str) -> Vec<String> {
+    let mut names: Vec<_> = std::fs::read_dir(storage.root().join(part))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}

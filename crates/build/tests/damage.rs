@@ -1,0 +1,240 @@
+//! Whatever happens to a build's files, reading gives the right bytes or an error.
+#![allow(missing_docs, reason = "test code")]
+
+mod common;
+
+use std::path::PathBuf;
+
+use common::{Push, pages, read_all, storage, store};
+use torpor_build::{Build, BuildId, Digest, Error, ImageKind, Storage, ValidateOptions};
+use xxhash_rust::xxh3::Xxh3;
+
+const FILES: [&str; 6] = [
+    "manifest.json",
+    "memory.index",
+    "memory.data",
+    "disk.index",
+    "disk.data",
+    "vmstate",
+];
+
+/// Two layers, so that indexes name more than their own build.
+fn two_layers(storage: &Storage) -> (Build, Vec<u8>) {
+    let base = store(storage, None, &[Push::Data(vec![2, 4, 6, 0])]);
+    let pushes = [
+        Push::Parent(2),
+        Push::Data(vec![1]),
+        Push::Removed(1),
+        Push::Data(vec![8]),
+    ];
+    (
+        store(storage, Some(&base), &pushes),
+        pages(&[2, 4, 1, 0, 8]),
+    )
+}
+
+/// Opens and verifies everything again; `Err` tells what is wrong.
+fn verify(storage: &Storage, id: &BuildId, recursive: bool) -> Result<(), String> {
+    let build = storage.open_build(id).map_err(|e| e.to_string())?;
+    let found = build.validate(ValidateOptions { recursive });
+    match found.problems.first() {
+        None => Ok(()),
+        Some(problem) => Err(problem.to_string()),
+    }
+}
+
+/// Reads the memory, which must be right or an error.
+fn read_is_right_or_refused(storage: &Storage, id: &BuildId, expected: &[u8]) {
+    if let Ok(build) = storage.open_build(id)
+        && let Ok(bytes) = read_all(&build, ImageKind::Memory)
+    {
+        assert!(bytes == expected, "wrong bytes were read");
+    }
+}
+
+#[test]
+fn a_flipped_bit_is_found_wherever_it_is() {
+    let storage = storage();
+    let (build, expected) = two_layers(&storage);
+    let id = build.id();
+    drop(build);
+    verify(&storage, &id, true).unwrap();
+    for file in FILES {
+        let path = storage.root().join(format!("builds/{id}/{file}"));
+        let original = std::fs::read(&path).unwrap();
+        let mut bytes = original.clone();
+        for position in 0..bytes.len() {
+            bytes[position] ^= 1 << (position % 8);
+            std::fs::write(&path, &bytes).unwrap();
+            let found = verify(&storage, &id, false);
+            let what = found.expect_err(&format!("{file}: byte {position} is not noticed"));
+            assert!(what.contains(file), "{file}: byte {position}: {what}");
+            if file != "vmstate" {
+                read_is_right_or_refused(&storage, &id, &expected);
+            }
+            bytes[position] = original[position];
+        }
+        std::fs::write(&path, &original).unwrap();
+    }
+    verify(&storage, &id, true).unwrap();
+}
+
+#[test]
+fn a_flipped_bit_in_an_ancestor_is_found_recursively() {
+    let storage = storage();
+    let (build, _) = two_layers(&storage);
+    let parent = build.manifest().info.parent.unwrap();
+    let path = storage.root().join(format!("builds/{parent}/disk.data"));
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[70] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    assert!(verify(&storage, &build.id(), false).is_ok());
+    let what = verify(&storage, &build.id(), true).unwrap_err();
+    assert!(what.contains(&parent.to_string()), "{what}");
+}
+
+#[test]
+fn a_file_cut_off_anywhere_or_too_long_is_found() {
+    let storage = storage();
+    let (build, expected) = two_layers(&storage);
+    let id = build.id();
+    drop(build);
+    for file in FILES {
+        let path = storage.root().join(format!("builds/{id}/{file}"));
+        let original = std::fs::read(&path).unwrap();
+        let cut = (0..original.len())
+            .step_by(13)
+            .map(|len| original[..len].to_vec());
+        let longer = std::iter::once([&original[..], b"x"].concat());
+        for bytes in cut.chain(longer) {
+            std::fs::write(&path, &bytes).unwrap();
+            let found = verify(&storage, &id, false);
+            let what = found.expect_err(&format!("{file}: {} bytes are taken", bytes.len()));
+            assert!(what.contains(file), "{what}");
+            read_is_right_or_refused(&storage, &id, &expected);
+        }
+        std::fs::remove_file(&path).unwrap();
+        verify(&storage, &id, false).unwrap_err();
+        std::fs::write(&path, &original).unwrap();
+    }
+}
+
+#[test]
+fn a_file_that_does_not_belong_is_found() {
+    let storage = storage();
+    let (build, _) = two_layers(&storage);
+    std::fs::write(build.path().join("memory.data.tmp"), "x").unwrap();
+    let what = verify(&storage, &build.id(), false).unwrap_err();
+    assert!(what.contains("memory.data.tmp"), "{what}");
+}
+
+#[test]
+fn the_files_of_another_build_or_image_are_refused_as_such() {
+    let storage = storage();
+    let one = store(&storage, None, &[Push::Data(vec![2, 0])]);
+    let other = store(&storage, None, &[Push::Data(vec![2, 0])]);
+    let refused = |path: PathBuf, by: PathBuf| {
+        let original = std::fs::read(&path).unwrap();
+        std::fs::copy(by, &path).unwrap();
+        let error = read_all(&one, ImageKind::Memory).unwrap_err();
+        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+        std::fs::write(&path, original).unwrap();
+    };
+    let in_one = |file| one.path().join(file);
+    refused(in_one("memory.data"), other.path().join("memory.data"));
+    refused(in_one("memory.index"), other.path().join("memory.index"));
+    refused(in_one("memory.data"), in_one("disk.data"));
+    refused(in_one("memory.index"), in_one("disk.index"));
+    let manifest = std::fs::read(other.path().join("manifest.json")).unwrap();
+    std::fs::write(in_one("manifest.json"), manifest).unwrap();
+    let error = storage.open_build(&one.id()).unwrap_err();
+    assert!(
+        error.to_string().contains(&other.id().to_string()),
+        "{error}"
+    );
+}
+
+/// Puts a checksum over everything but its own place, as both binary formats have it.
+fn sign(bytes: &mut [u8], end: usize) {
+    let mut hasher = Xxh3::new();
+    hasher.update(&bytes[..16]);
+    hasher.update(&bytes[24..end]);
+    bytes[16..24].copy_from_slice(&hasher.digest().to_le_bytes());
+}
+
+#[test]
+fn a_newer_version_is_refused_and_the_error_says_so() {
+    let storage = storage();
+    let build = store(&storage, None, &[Push::Data(vec![2])]);
+    for (file, signed_bytes) in [("memory.index", usize::MAX), ("memory.data", 64)] {
+        let path = build.path().join(file);
+        let original = std::fs::read(&path).unwrap();
+        let mut bytes = original.clone();
+        bytes[8] = 2;
+        let end = signed_bytes.min(bytes.len());
+        sign(&mut bytes, end);
+        std::fs::write(&path, bytes).unwrap();
+        let error = read_all(&build, ImageKind::Memory).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::Newer {
+                    found: 2,
+                    known: 1,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        assert!(error.to_string().contains(file), "{error}");
+        std::fs::write(&path, original).unwrap();
+    }
+    let path = build.path().join("manifest.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (frame, body) = text.split_once("\n\"manifest\": ").unwrap();
+    let body = body.strip_suffix("\n}\n").unwrap();
+    let body = body.replace(
+        "\"format_version\":1",
+        "\"format_version\":2,\"unheard_of\":true",
+    );
+    let (open, _) = frame.split_once(": \"").unwrap();
+    let checksum = Digest::of(body.as_bytes());
+    std::fs::write(
+        &path,
+        format!("{open}: \"{checksum}\",\n\"manifest\": {body}\n}}\n"),
+    )
+    .unwrap();
+    let error = storage.open_build(&build.id()).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::Newer {
+                found: 2,
+                known: 1,
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_children_of_a_build_of_a_newer_version_keep_it_from_being_deleted() {
+    let storage = storage();
+    let base = store(&storage, None, &[Push::Data(vec![2])]);
+    let child = store(&storage, Some(&base), &[Push::Parent(1)]);
+    let path = child.path().join("manifest.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (_, body) = text.split_once("\n\"manifest\": ").unwrap();
+    let body = body.strip_suffix("\n}\n").unwrap();
+    let body = body.replace("\"format_version\":1", "\"format_version\":7");
+    let checksum = Digest::of(body.as_bytes());
+    let text = format!("{{\n\"checksum\": \"{checksum}\",\n\"manifest\": {body}\n}}\n");
+    std::fs::write(&path, text).unwrap();
+    let id = base.id();
+    drop(base);
+    assert!(matches!(
+        storage.delete_build(&id),
+        Err(Error::HasChildren { .. })
+    ));
+}
