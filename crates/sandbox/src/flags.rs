@@ -59,7 +59,9 @@ pub enum FlagError {
         source: std::io::Error,
     },
     /// The file is larger than any flag file that makes sense.
-    #[error("the flag file {path} has {bytes} bytes, more than {FLAG_FILE_BYTES_MAX}: is it the right file?")]
+    #[error(
+        "the flag file {path} has {bytes} bytes, more than {FLAG_FILE_BYTES_MAX}: is it the right file?"
+    )]
     TooLarge {
         /// The flag file.
         path: PathBuf,
@@ -80,10 +82,10 @@ pub enum FlagError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct CapsInFile {
-    sync: u64,
-    drop_caches: u64,
-    compact_memory: u64,
-    fstrim: u64,
+    sync: u32,
+    drop_caches: u32,
+    compact_memory: u32,
+    fstrim: u32,
 }
 
 impl Default for CapsInFile {
@@ -126,7 +128,7 @@ impl Scope {
                     ("compact_memory", caps.compact_memory),
                     ("fstrim", caps.fstrim),
                 ] {
-                    fields.add_field(name, int(ms));
+                    fields.add_field(name, int(u64::from(ms)));
                 }
                 Value::Struct(fields)
             }),
@@ -168,7 +170,10 @@ impl FlagFile {
     /// Opens the flag file; without a path every flag has its default.
     fn open(path: Option<&Path>) -> Result<Self, FlagError> {
         let held = match path {
-            None => Held { stamp: None, contents: Contents::default() },
+            None => Held {
+                stamp: None,
+                contents: Contents::default(),
+            },
             Some(path) => read(path)?,
         };
         Ok(Self {
@@ -184,19 +189,26 @@ impl FlagFile {
             refresh(path, &mut held);
         }
         let contents = &held.contents;
-        let template = context.custom_fields.get("template").and_then(|field| field.as_str());
+        let template = context
+            .custom_fields
+            .get("template")
+            .and_then(|field| field.as_str());
         let sandbox = context.targeting_key.as_deref();
         let scopes = [
             sandbox.and_then(|id| contents.sandboxes.get(id)),
             template.and_then(|name| contents.templates.get(name)),
             Some(&contents.flags),
         ];
-        scopes.into_iter().flatten().find_map(|scope| scope.value(flag)).ok_or_else(|| {
-            EvaluationError::builder()
-                .code(EvaluationErrorCode::FlagNotFound)
-                .message(format!("{flag} is not set"))
-                .build()
-        })
+        scopes
+            .into_iter()
+            .flatten()
+            .find_map(|scope| scope.value(flag))
+            .ok_or_else(|| {
+                EvaluationError::builder()
+                    .code(EvaluationErrorCode::FlagNotFound)
+                    .message(format!("{flag} is not set"))
+                    .build()
+            })
     }
 }
 
@@ -206,15 +218,26 @@ fn stamp(path: &Path) -> std::io::Result<Stamp> {
 }
 
 fn read(path: &Path) -> Result<Held, FlagError> {
-    let failed = |source| FlagError::Read { path: path.to_path_buf(), source };
+    let failed = |source| FlagError::Read {
+        path: path.to_path_buf(),
+        source,
+    };
     let stamp = stamp(path).map_err(failed)?;
     if stamp.1 > FLAG_FILE_BYTES_MAX {
-        return Err(FlagError::TooLarge { path: path.to_path_buf(), bytes: stamp.1 });
+        return Err(FlagError::TooLarge {
+            path: path.to_path_buf(),
+            bytes: stamp.1,
+        });
     }
     let text = std::fs::read(path).map_err(failed)?;
-    let contents = serde_json::from_slice(&text)
-        .map_err(|source| FlagError::Parse { path: path.to_path_buf(), source })?;
-    Ok(Held { stamp: Some(stamp), contents })
+    let contents = serde_json::from_slice(&text).map_err(|source| FlagError::Parse {
+        path: path.to_path_buf(),
+        source,
+    })?;
+    Ok(Held {
+        stamp: Some(stamp),
+        contents,
+    })
 }
 
 /// Takes over the file's newest good contents.
@@ -269,7 +292,9 @@ impl FeatureProvider for FlagFile {
         flag: &str,
         context: &EvaluationContext,
     ) -> EvaluationResult<ResolutionDetails<String>> {
-        typed(self.resolve(flag, context)?, |value| value.as_str().map(str::to_owned))
+        typed(self.resolve(flag, context)?, |value| {
+            value.as_str().map(str::to_owned)
+        })
     }
 
     async fn resolve_struct_value(
@@ -277,7 +302,9 @@ impl FeatureProvider for FlagFile {
         flag: &str,
         context: &EvaluationContext,
     ) -> EvaluationResult<ResolutionDetails<StructValue>> {
-        typed(self.resolve(flag, context)?, |value| value.as_struct().cloned())
+        typed(self.resolve(flag, context)?, |value| {
+            value.as_struct().cloned()
+        })
     }
 }
 
@@ -316,7 +343,7 @@ impl FlagSubject {
 }
 
 /// What a pause does beyond stopping and storing. Read once, when the pause begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PauseFlags {
     /// Ceiling of the drain, in milliseconds; 0 turns it off.
     pub drain_ceiling_ms: u64,
@@ -324,12 +351,6 @@ pub struct PauseFlags {
     pub reclaim: bool,
     /// Each reclaim step's cap.
     pub reclaim_caps: ReclaimCaps,
-}
-
-impl Default for PauseFlags {
-    fn default() -> Self {
-        Self { drain_ceiling_ms: 0, reclaim: false, reclaim_caps: ReclaimCaps::default() }
-    }
 }
 
 /// What is decided when a template is built. Read once, when it is booted.
@@ -362,15 +383,23 @@ impl Flags {
         // benches) keep their flags apart.
         let mut sdk = OpenFeature::default();
         sdk.set_provider(provider).await;
-        Ok(Self { client: Arc::new(sdk.create_client()) })
+        Ok(Self {
+            client: Arc::new(sdk.create_client()),
+        })
     }
 
     /// What holds for a pause that begins now.
     pub async fn for_pause(&self, subject: &FlagSubject) -> PauseFlags {
         let context = subject.context();
         let defaults = PauseFlags::default();
-        let drain = self.client.get_int_value(DRAIN_CEILING, Some(&context), None).await;
-        let reclaim = self.client.get_bool_value(RECLAIM, Some(&context), None).await;
+        let drain = self
+            .client
+            .get_int_value(DRAIN_CEILING, Some(&context), None)
+            .await;
+        let reclaim = self
+            .client
+            .get_bool_value(RECLAIM, Some(&context), None)
+            .await;
         let caps = self
             .client
             .get_struct_value::<CapsValue>(RECLAIM_CAPS, Some(&context), None)
@@ -388,8 +417,13 @@ impl Flags {
     /// What holds for a template that is booted now.
     pub async fn for_template(&self, subject: &FlagSubject) -> TemplateFlags {
         let context = subject.context();
-        let reporting = self.client.get_bool_value(REPORTING, Some(&context), None).await;
-        TemplateFlags { free_page_reporting: reporting.unwrap_or(true) }
+        let reporting = self
+            .client
+            .get_bool_value(REPORTING, Some(&context), None)
+            .await;
+        TemplateFlags {
+            free_page_reporting: reporting.unwrap_or(true),
+        }
     }
 }
 
@@ -404,7 +438,7 @@ impl TryFrom<StructValue> for CapsValue {
                 .fields
                 .get(name)
                 .and_then(Value::as_i64)
-                .and_then(|ms| u64::try_from(ms).ok())
+                .and_then(|ms| u32::try_from(ms).ok())
                 .ok_or_else(|| format!("{RECLAIM_CAPS} lacks {name}"))
         };
         Ok(Self(ReclaimCaps {
@@ -451,10 +485,19 @@ mod tests {
             template: template.map(str::to_owned),
         };
         assert_eq!(flags.for_pause(&ask(None, None)).await.drain_ceiling_ms, 1);
-        assert_eq!(flags.for_pause(&ask(Some("s2"), Some("python"))).await.drain_ceiling_ms, 2);
+        assert_eq!(
+            flags
+                .for_pause(&ask(Some("s2"), Some("python")))
+                .await
+                .drain_ceiling_ms,
+            2
+        );
         let nearest = flags.for_pause(&ask(Some("s1"), Some("python"))).await;
         assert_eq!(nearest.drain_ceiling_ms, 3);
-        assert!(nearest.reclaim, "what a nearer scope does not name comes from the wider one");
+        assert!(
+            nearest.reclaim,
+            "what a nearer scope does not name comes from the wider one"
+        );
         assert_eq!(nearest.reclaim_caps.fstrim_ms, 0);
         assert_eq!(nearest.reclaim_caps.sync_ms, ReclaimCaps::default().sync_ms);
     }
@@ -466,9 +509,17 @@ mod tests {
         write(&path, r#"{"flags": {}}"#);
         let flags = Flags::open(Some(&path)).await.unwrap();
         assert!(!flags.for_pause(&FlagSubject::default()).await.reclaim);
-        write(&path, r#"{"flags": {"reclaim-on-pause": true, "free-page-reporting": false}}"#);
+        write(
+            &path,
+            r#"{"flags": {"reclaim-on-pause": true, "free-page-reporting": false}}"#,
+        );
         assert!(flags.for_pause(&FlagSubject::default()).await.reclaim);
-        assert!(!flags.for_template(&FlagSubject::default()).await.free_page_reporting);
+        assert!(
+            !flags
+                .for_template(&FlagSubject::default())
+                .await
+                .free_page_reporting
+        );
     }
 
     #[tokio::test]

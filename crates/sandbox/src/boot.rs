@@ -1,0 +1,132 @@
+//! Boots a guest from nothing: kernel, initramfs, base image, empty writable layer.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use torpor_build::{Digest, Name};
+use torpor_vmm::{Accel, BootSource, Vmm, qemu};
+
+use crate::assets::Assets;
+use crate::error::StartError;
+use crate::flags::FlagSubject;
+use crate::host::Host;
+use crate::initramfs;
+use crate::progress::Progress;
+use crate::rootfs::{self, BaseImage};
+use crate::sandbox::{CONSOLE_FILE, DISK_FILE, Memory, Parts, Sandbox, Starting};
+use crate::spec::GuestSpec;
+
+/// Longest wait for a booting guest's agent: emulated boots take 5 to 10 s on an idle machine, and
+/// machines are not always idle.
+const BOOT_MAX: Duration = Duration::from_secs(120);
+
+/// A guest to boot.
+#[derive(Debug)]
+pub struct BootRequest {
+    /// Memory, in bytes.
+    pub memory_bytes: u64,
+    /// Size of the writable disk, in bytes.
+    pub disk_bytes: u64,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Whether it gets a network card.
+    pub network: bool,
+    /// The kernel series.
+    pub kernel: String,
+    /// The root file system instead of the set-up's: a directory, a tar archive or an ext4 image.
+    pub rootfs: Option<PathBuf>,
+    /// The template that it becomes; flags are asked for it.
+    pub template: Option<Name>,
+    /// Who watches.
+    pub progress: Progress,
+}
+
+/// Boots a guest and waits until its agent answers.
+///
+/// # Errors
+/// [`StartError`] names what is missing or went wrong, with the console's last lines where the
+/// guest did not come up.
+pub async fn boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartError> {
+    let assets = Assets::find(None, &request.kernel)?;
+    let storage = host.storage();
+    let name = crate::sandbox::new_name()?;
+    let run_dir = storage.run_dir(&name)?;
+    let spec = import(host, &request, &assets, run_dir.path()).await?;
+    let disk = run_dir.path().join(DISK_FILE);
+    rootfs::make_layer(&disk, spec.disk_bytes).await?;
+    let initramfs = write_initramfs(&assets, run_dir.path())?;
+
+    let step = request.progress.step("boot the guest");
+    let machine = spec.machine(storage, disk, Accel::of_host())?;
+    let source = BootSource {
+        kernel: storage.kernel_path(&spec.kernel)?,
+        initramfs: Some(initramfs.clone()),
+        extra_cmdline: spec.cmdline.clone(),
+    };
+    let console = run_dir.path().join(CONSOLE_FILE);
+    let vmm: Arc<dyn Vmm> = Arc::from(qemu::boot(host.qemu(), &machine, &source, &console).await?);
+    let memory_file = std::fs::File::from(vmm.memory()?.memfd);
+    let starting = Starting::new(Parts {
+        vmm,
+        memory: Memory::Booted,
+        memory_file,
+        parent: None,
+        spec,
+        name,
+        run_dir,
+    });
+    let sandbox = starting.answered(BOOT_MAX).await?;
+    drop(step);
+    // The kernel has unpacked it; nothing reads it again.
+    drop(std::fs::remove_file(&initramfs));
+    Ok(sandbox)
+}
+
+/// Puts kernel and base image into the storage and decides what the guest is.
+async fn import(
+    host: &Host,
+    request: &BootRequest,
+    assets: &Assets,
+    scratch: &Path,
+) -> Result<GuestSpec, StartError> {
+    let subject = FlagSubject {
+        sandbox: None,
+        template: request.template.as_ref().map(ToString::to_string),
+    };
+    let flags = host.flags().for_template(&subject).await;
+    let step = request.progress.step("import kernel and base image");
+    let source = request.rootfs.as_deref().unwrap_or(&assets.base_image);
+    let image = BaseImage::from_source(source, scratch).await?;
+    let (storage, assets) = (host.storage().clone(), assets.clone());
+    let imported = tokio::task::spawn_blocking(move || -> Result<(Digest, Digest), StartError> {
+        let base_image = storage.import_image(image.path())?;
+        let kernel = storage.import_kernel(&assets.kernel, Some(&assets.kernel_config))?;
+        Ok((kernel, base_image))
+    });
+    let (kernel, base_image) = imported
+        .await
+        .unwrap_or_else(|error| Err(StartError::Panicked(error.to_string())))?;
+    drop(step);
+    Ok(GuestSpec {
+        memory_bytes: request.memory_bytes,
+        disk_bytes: request.disk_bytes,
+        vcpus: request.vcpus,
+        network: request.network,
+        reporting: flags.free_page_reporting,
+        kernel,
+        base_image,
+        cmdline: String::new(),
+        template: request.template.clone(),
+    })
+}
+
+fn write_initramfs(assets: &Assets, run_dir: &Path) -> Result<PathBuf, StartError> {
+    let path = run_dir.join("initramfs.cpio");
+    let bytes = initramfs::assemble(&assets.envd, &assets.modules)?;
+    std::fs::write(&path, bytes).map_err(|source| StartError::Io {
+        path: path.clone(),
+        source,
+    })?;
+    Ok(path)
+}

@@ -1,0 +1,73 @@
+//! How a resumed guest's memory gets its content: on demand through the pager, or all of it before
+//! the guest starts.
+//!
+//! On demand is the way; filling eagerly is for hosts where the VMM cannot be given a userfaultfd
+//! (ptrace or userfaultfd forbidden), and for comparing.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+
+use torpor_build::{ImageReader, PAGE_SIZE};
+use torpor_pager::{PageSource, SourceKind, SourceRun};
+
+/// Pages of a compressed frame: reading one of them reads them all.
+const FRAME_PAGES: u64 = torpor_build::FRAME_PAGES as u64;
+
+/// A build's memory image as the pager's source.
+#[derive(Debug)]
+pub(crate) struct ImageSource(pub(crate) std::sync::Arc<ImageReader>);
+
+impl PageSource for ImageSource {
+    fn run_at(&self, page: u64) -> SourceRun {
+        match self.0.index().run_at(page) {
+            Some(run) => {
+                let kind = if run.what.reads_as_zero() {
+                    SourceKind::Zero
+                } else {
+                    SourceKind::Data
+                };
+                SourceRun {
+                    pages: run.pages,
+                    kind,
+                }
+            }
+            // Past the image's end.
+            None => SourceRun {
+                pages: u64::MAX - page,
+                kind: SourceKind::Zero,
+            },
+        }
+    }
+
+    fn read(&self, first_page: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_pages(first_page, buf).map_err(io::Error::other)
+    }
+
+    fn block_pages(&self) -> u64 {
+        FRAME_PAGES
+    }
+}
+
+/// Writes the whole image into a guest's memory file; zero pages stay holes.
+///
+/// # Errors
+/// [`FillError`]: the image does not verify, or there is no room.
+pub(crate) fn fill(image: &ImageReader, memory: &File) -> Result<(), FillError> {
+    crate::disk::read_stored(image, |first_page, bytes| {
+        memory
+            .write_all_at(bytes, first_page * PAGE_SIZE as u64)
+            .map_err(FillError::Memory)
+    })
+}
+
+/// Why memory could not be filled.
+#[derive(Debug, thiserror::Error)]
+pub enum FillError {
+    /// The build's memory image.
+    #[error(transparent)]
+    Image(#[from] torpor_build::Error),
+    /// The guest's memory file.
+    #[error("the guest's memory cannot be filled: {0}")]
+    Memory(#[source] io::Error),
+}

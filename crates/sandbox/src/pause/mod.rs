@@ -1,0 +1,117 @@
+//! The pause: from a running sandbox to a durable build, in typed phases.
+//!
+//! ```text
+//! Running ─freeze user─reclaim─▶ Reclaimed ─drain─▶ Drained ─stop─▶ Stopped ─settle─▶ Settled
+//!    ▲                                                                │
+//!    │            every failure from here on resumes the vCPUs, ──────┤
+//!    └──────────── thaws, and keeps the sandbox as it was             ▼
+//!                        Committed ◀─commit─ Written ◀─write─ Captured ◀─capture
+//! ```
+//!
+//! Each step consumes its phase and returns the next, so no boolean remembers where we are. The
+//! free-page scan will stand between `Settled` and `Captured`.
+//!
+//! The happy path: the user's processes freeze, reclaim and drain make the guest lean, the vCPUs
+//! stop, the pager settles (only now is the dirty set read), device state and memory are captured,
+//! and from the copy the build is written and committed. Only then does the VMM go.
+//!
+//! Failing, first way: freeze, reclaim and drain are best effort. They have their own ceilings,
+//! say in the report why they did not do their work, and never fail a pause.
+//!
+//! Failing, second way: from the stop on, a failure rolls back. The outcome is [`PauseFailure`]:
+//! the sandbox runs as before, or, when the VMM is dead or the roll-back fails too, it is lost and
+//! the last build is intact. There is no fourth outcome.
+//!
+//! Dropping the future of [`pause`] anywhere kills the sandbox and removes what was staged.
+
+mod phases;
+pub mod report;
+
+use torpor_build::{Build, BuildId, Name};
+
+use crate::error::StepError;
+use crate::flags::PauseFlags;
+use crate::host::Host;
+use crate::progress::Progress;
+use crate::sandbox::Sandbox;
+use report::{PauseReport, PauseStep};
+
+/// What a pause is to make, and how.
+#[derive(Debug)]
+pub struct PauseRequest {
+    /// The id of the build that it makes.
+    pub build: BuildId,
+    /// The template that will name the build, if any.
+    pub template: Option<Name>,
+    /// What to do before the stop.
+    pub flags: PauseFlags,
+    /// Who watches.
+    pub progress: Progress,
+}
+
+/// The sandbox is paused: its VMM is gone, its build is durable.
+#[derive(Debug)]
+pub struct Paused {
+    /// The new build.
+    pub build: Build,
+    /// What the pause did; the build's manifest holds it too.
+    pub report: PauseReport,
+}
+
+/// A pause that did not make a build.
+#[derive(Debug, thiserror::Error)]
+pub enum PauseFailure {
+    /// The sandbox runs on as if nobody had asked.
+    #[error("the pause failed at `{step}` and the sandbox runs on: {source}")]
+    StillRunning {
+        /// The sandbox, running.
+        sandbox: Box<Sandbox>,
+        /// Where it failed.
+        step: PauseStep,
+        /// Why.
+        source: StepError,
+    },
+    /// The sandbox is gone; what it did since its last build is lost.
+    #[error("the sandbox is lost: the pause failed at `{step}`: {source}{}; {}", and_rollback(rollback.as_ref()), last_build_text(*last_build))]
+    Lost {
+        /// Where it failed.
+        step: PauseStep,
+        /// Why.
+        source: StepError,
+        /// Why it could not be made to run on, where that was tried.
+        rollback: Option<StepError>,
+        /// The build that it was resumed from, which is intact.
+        last_build: Option<BuildId>,
+    },
+}
+
+fn and_rollback(rollback: Option<&StepError>) -> String {
+    rollback.map_or_else(String::new, |error| {
+        format!("; then it could not be resumed: {error}")
+    })
+}
+
+fn last_build_text(last_build: Option<BuildId>) -> String {
+    last_build.map_or_else(
+        || "it had no build yet".to_owned(),
+        |id| format!("its last build {id} is intact, resume that"),
+    )
+}
+
+/// Pauses a sandbox into a new build.
+///
+/// # Errors
+/// [`PauseFailure`]: still running, or lost.
+pub async fn pause(
+    sandbox: Sandbox,
+    host: &Host,
+    request: PauseRequest,
+) -> Result<Paused, PauseFailure> {
+    let reclaimed = phases::begin(sandbox, request).reclaim().await;
+    let drained = reclaimed.drain().await;
+    let stopped = drained.stop().await?;
+    let settled = stopped.settle().await?;
+    let captured = settled.capture().await?;
+    let written = captured.write(host).await?;
+    written.commit().await
+}

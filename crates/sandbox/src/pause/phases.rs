@@ -1,0 +1,438 @@
+//! The phases of a pause: one struct each, with exactly one way on.
+//!
+//! What every phase carries is a [`Course`]: the sandbox and what is known so far. A phase that
+//! fails hands its course to [`Course::roll_back`], the only place where a sandbox is brought back.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use torpor_build::{BuildInfo, ImageKind, LayerSummary, StagedBuild};
+use torpor_guest::{ReclaimCaps, ReclaimReport, reclaim};
+use torpor_vmm::DrainReport;
+
+use super::report::{PauseReport, PauseStep, StepTime};
+use super::{PauseFailure, PauseRequest, Paused};
+use crate::capture::{CapturePlan, CapturedMemory};
+use crate::disk;
+use crate::error::StepError;
+use crate::host::Host;
+use crate::progress::StepGuard;
+use crate::sandbox::{Parent, Sandbox, background};
+
+/// Longest wait for the user's processes to freeze. The freezer waits for system calls under way;
+/// a guest that needs longer is paused with its processes running, which is right, only less lean.
+const FREEZE_USER_MAX: Duration = Duration::from_secs(1);
+/// Longest wait for the guest's own count of its free memory.
+const METRICS_MAX: Duration = Duration::from_millis(500);
+/// Longest wait for the pager to have seen everything of before the stop. It takes a millisecond;
+/// storage that hangs under a fault is what makes it long.
+const SETTLE_MAX: Duration = Duration::from_secs(10);
+/// What a reclaim may take beyond the sum of its steps' caps: starting its shell, and the kernel
+/// write that is under way when a cap ends.
+const RECLAIM_OVERHEAD: Duration = Duration::from_millis(1500);
+/// Longest wait for the thaw when a pause is rolled back.
+const THAW_MAX: Duration = Duration::from_secs(5);
+
+/// What is known so far, and the sandbox that it is about.
+struct Course {
+    sandbox: Sandbox,
+    request: PauseRequest,
+    started: Instant,
+    steps: Vec<StepTime>,
+    frozen_at: Option<Instant>,
+    user_frozen: Duration,
+    reclaim: Option<ReclaimReport>,
+    drain: Option<DrainReport>,
+    guest_nonfree_bytes: Option<u64>,
+}
+
+impl Course {
+    /// Notes a step that began at `since`.
+    fn note(&mut self, step: PauseStep, since: Instant, skipped: Option<String>) {
+        if let Some(why) = &skipped {
+            tracing::info!(%step, %why, "not done");
+        }
+        self.steps.push(StepTime {
+            step,
+            ms: ms(since.elapsed()),
+            skipped,
+        });
+    }
+
+    /// The sandbox goes on as before: vCPUs, then the user's processes.
+    async fn roll_back(self, step: PauseStep, source: StepError) -> PauseFailure {
+        let last_build = self.sandbox.parent_id();
+        tracing::warn!(%step, error = %source, "the pause is rolled back");
+        match self.sandbox.go_on(THAW_MAX).await {
+            Ok(()) => PauseFailure::StillRunning {
+                sandbox: Box::new(self.sandbox),
+                step,
+                source,
+            },
+            Err(rollback) => PauseFailure::Lost {
+                step,
+                source,
+                rollback: Some(rollback),
+                last_build,
+            },
+        }
+    }
+}
+
+/// What all reclaim steps may take together.
+fn sum_of(caps: ReclaimCaps) -> Duration {
+    let caps_ms = [
+        caps.sync_ms,
+        caps.drop_caches_ms,
+        caps.compact_memory_ms,
+        caps.fstrim_ms,
+    ];
+    Duration::from_millis(caps_ms.into_iter().map(u64::from).sum())
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+fn begin_step(request: &PauseRequest, step: PauseStep) -> (StepGuard<'_>, Instant) {
+    (request.progress.step(step.doing()), Instant::now())
+}
+
+/// Begins a pause.
+pub(super) fn begin(sandbox: Sandbox, request: PauseRequest) -> Running {
+    Running(Course {
+        sandbox,
+        request,
+        started: Instant::now(),
+        steps: Vec::new(),
+        frozen_at: None,
+        user_frozen: Duration::ZERO,
+        reclaim: None,
+        drain: None,
+        guest_nonfree_bytes: None,
+    })
+}
+
+/// Nothing has been done to the guest.
+pub(super) struct Running(Course);
+
+impl Running {
+    /// Freezes the user's processes and lets the guest give up what it does not need.
+    pub(super) async fn reclaim(self) -> Reclaimed {
+        let mut course = self.0;
+        let (guard, since) = begin_step(&course.request, PauseStep::FreezeUser);
+        let frozen = course
+            .sandbox
+            .envd()
+            .with_deadline(FREEZE_USER_MAX)
+            .freeze()
+            .await;
+        drop(guard);
+        if frozen.is_ok() {
+            course.frozen_at = Some(since);
+        }
+        course.note(
+            PauseStep::FreezeUser,
+            since,
+            frozen.err().map(|error| error.to_string()),
+        );
+        if course.request.flags.reclaim {
+            let caps = course.request.flags.reclaim_caps;
+            let (guard, since) = begin_step(&course.request, PauseStep::Reclaim);
+            let budget = sum_of(caps) + RECLAIM_OVERHEAD;
+            let report = reclaim(course.sandbox.envd(), caps, budget).await;
+            drop(guard);
+            course.note(PauseStep::Reclaim, since, report.error.clone());
+            course.reclaim = Some(report);
+        }
+        Reclaimed(course)
+    }
+}
+
+/// The guest has given up what it would.
+pub(super) struct Reclaimed(Course);
+
+impl Reclaimed {
+    /// Gets the guest's free pages back.
+    pub(super) async fn drain(self) -> Drained {
+        let mut course = self.0;
+        let ceiling = Duration::from_millis(course.request.flags.drain_ceiling_ms);
+        if !ceiling.is_zero() {
+            let (guard, since) = begin_step(&course.request, PauseStep::Drain);
+            let report = course.sandbox.vmm().drain(ceiling).await;
+            drop(guard);
+            course.note(PauseStep::Drain, since, None);
+            course.drain = Some(report);
+        }
+        let metrics = course
+            .sandbox
+            .envd()
+            .with_deadline(METRICS_MAX)
+            .metrics()
+            .await;
+        course.guest_nonfree_bytes = metrics.ok().map(|metrics| {
+            course
+                .sandbox
+                .spec()
+                .memory_bytes
+                .saturating_sub(metrics.mem_free)
+        });
+        Drained(course)
+    }
+}
+
+/// The host has got back what it could.
+pub(super) struct Drained(Course);
+
+impl Drained {
+    /// Stops the vCPUs.
+    pub(super) async fn stop(self) -> Result<Stopped, PauseFailure> {
+        let mut course = self.0;
+        let (guard, since) = begin_step(&course.request, PauseStep::Stop);
+        let stopped = course.sandbox.vmm().stop_vcpus().await;
+        drop(guard);
+        if let Err(error) = stopped {
+            return Err(course.roll_back(PauseStep::Stop, error.into()).await);
+        }
+        course.note(PauseStep::Stop, since, None);
+        course.user_frozen = course
+            .frozen_at
+            .map_or(Duration::ZERO, |frozen| frozen.elapsed());
+        Ok(Stopped {
+            course,
+            stopped_at: since,
+        })
+    }
+}
+
+/// The vCPUs stand still.
+pub(super) struct Stopped {
+    course: Course,
+    stopped_at: Instant,
+}
+
+impl Stopped {
+    /// Waits until the pager has seen all that happened before the stop.
+    pub(super) async fn settle(self) -> Result<Settled, PauseFailure> {
+        let Self {
+            mut course,
+            stopped_at,
+        } = self;
+        let (guard, since) = begin_step(&course.request, PauseStep::Settle);
+        let plan = course.sandbox.plan_capture(SETTLE_MAX).await;
+        drop(guard);
+        course.note(PauseStep::Settle, since, None);
+        match plan {
+            Ok(plan) => Ok(Settled {
+                course,
+                stopped_at,
+                plan,
+            }),
+            Err(error) => Err(course.roll_back(PauseStep::Settle, error).await),
+        }
+    }
+}
+
+/// What has changed is known.
+pub(super) struct Settled {
+    course: Course,
+    stopped_at: Instant,
+    plan: CapturePlan,
+}
+
+impl Settled {
+    /// Copies memory and device state.
+    pub(super) async fn capture(self) -> Result<Captured, PauseFailure> {
+        let Self {
+            mut course,
+            stopped_at,
+            plan,
+        } = self;
+        let (guard, since) = begin_step(&course.request, PauseStep::SaveState);
+        let state = course.sandbox.vmm().save_state().await;
+        drop(guard);
+        course.note(PauseStep::SaveState, since, None);
+        let state = match state {
+            Ok(state) => state,
+            Err(error) => return Err(course.roll_back(PauseStep::SaveState, error.into()).await),
+        };
+        let (guard, since) = begin_step(&course.request, PauseStep::CaptureMemory);
+        let memory = course.sandbox.copy_memory(plan).await;
+        drop(guard);
+        course.note(PauseStep::CaptureMemory, since, None);
+        match memory {
+            Ok(memory) => {
+                let freeze = stopped_at.elapsed();
+                Ok(Captured {
+                    course,
+                    stopped_at,
+                    freeze,
+                    state,
+                    memory,
+                })
+            }
+            Err(error) => Err(course.roll_back(PauseStep::CaptureMemory, error).await),
+        }
+    }
+}
+
+/// The guest could go on: everything that a build needs of it but its disk is in our hands.
+pub(super) struct Captured {
+    course: Course,
+    stopped_at: Instant,
+    freeze: Duration,
+    state: Vec<u8>,
+    memory: CapturedMemory,
+}
+
+impl Captured {
+    /// Writes the build's files; it is not visible yet.
+    pub(super) async fn write(self, host: &Host) -> Result<Written, PauseFailure> {
+        let Self {
+            mut course,
+            stopped_at,
+            freeze,
+            state,
+            memory,
+        } = self;
+        let staged = host.storage().begin_build(course.request.build);
+        let staged = match staged {
+            Ok(staged) => staged,
+            Err(error) => return Err(course.roll_back(PauseStep::WriteMemory, error.into()).await),
+        };
+        let parent = course.sandbox.parent();
+        let (guard, since) = begin_step(&course.request, PauseStep::WriteMemory);
+        let total_pages = course.sandbox.spec().memory_pages();
+        let written = background({
+            let parent = parent.clone();
+            move || write_memory(staged, parent.as_ref(), total_pages, &memory)
+        })
+        .await;
+        drop(guard);
+        course.note(PauseStep::WriteMemory, since, None);
+        let (staged, memory) = match written {
+            Ok(written) => written,
+            Err(error) => return Err(course.roll_back(PauseStep::WriteMemory, error).await),
+        };
+        let (guard, since) = begin_step(&course.request, PauseStep::WriteDisk);
+        let (path, total_pages) = (
+            course.sandbox.disk_path(),
+            course.sandbox.spec().disk_pages(),
+        );
+        let vmstate_bytes = state.len() as u64;
+        let written =
+            background(move || write_disk(staged, parent.as_ref(), total_pages, &path, &state))
+                .await;
+        drop(guard);
+        course.note(PauseStep::WriteDisk, since, None);
+        let (staged, disk) = match written {
+            Ok(written) => written,
+            Err(error) => return Err(course.roll_back(PauseStep::WriteDisk, error).await),
+        };
+        Ok(Written {
+            course,
+            stopped_at,
+            freeze,
+            staged,
+            memory,
+            disk,
+            vmstate_bytes,
+        })
+    }
+}
+
+fn write_memory(
+    staged: StagedBuild,
+    parent: Option<&Parent>,
+    total_pages: u64,
+    memory: &CapturedMemory,
+) -> Result<(StagedBuild, LayerSummary), StepError> {
+    let image = parent.map(|parent| Arc::clone(&parent.memory));
+    let mut writer = staged.image_writer(ImageKind::Memory, total_pages, image)?;
+    memory.write_to(&mut writer)?;
+    let summary = writer.finish()?;
+    Ok((staged, summary))
+}
+
+fn write_disk(
+    staged: StagedBuild,
+    parent: Option<&Parent>,
+    total_pages: u64,
+    path: &Path,
+    state: &[u8],
+) -> Result<(StagedBuild, LayerSummary), StepError> {
+    staged.write_vmstate(state)?;
+    let image = parent.map(|parent| Arc::clone(&parent.disk));
+    let mut writer = staged.image_writer(ImageKind::Disk, total_pages, image)?;
+    disk::store(path, total_pages, &mut writer)?;
+    let summary = writer.finish()?;
+    Ok((staged, summary))
+}
+
+/// Every file of the build but its manifest is written.
+pub(super) struct Written {
+    course: Course,
+    stopped_at: Instant,
+    freeze: Duration,
+    staged: StagedBuild,
+    memory: LayerSummary,
+    disk: LayerSummary,
+    vmstate_bytes: u64,
+}
+
+impl Written {
+    /// Makes the build durable and visible, then lets the VMM go.
+    pub(super) async fn commit(self) -> Result<Paused, PauseFailure> {
+        let since = Instant::now();
+        let mut report = self.report();
+        let Self {
+            course,
+            stopped_at,
+            staged,
+            ..
+        } = self;
+        let info = course
+            .sandbox
+            .build_info(course.request.template.clone(), &report);
+        let guard = course.request.progress.step(PauseStep::Commit.doing());
+        let committed = background(move || commit(staged, info)).await;
+        drop(guard);
+        match committed {
+            Ok(build) => {
+                report.steps.push(StepTime {
+                    step: PauseStep::Commit,
+                    ms: ms(since.elapsed()),
+                    skipped: None,
+                });
+                report.durable_ms = ms(stopped_at.elapsed());
+                report.total_ms = ms(course.started.elapsed());
+                course.sandbox.end().await;
+                Ok(Paused { build, report })
+            }
+            Err(error) => Err(course.roll_back(PauseStep::Commit, error).await),
+        }
+    }
+
+    /// The report as the manifest holds it: the commit's own time cannot be in it.
+    fn report(&self) -> PauseReport {
+        PauseReport {
+            ram_bytes: self.course.sandbox.spec().memory_bytes,
+            guest_nonfree_bytes: self.course.guest_nonfree_bytes,
+            steps: self.course.steps.clone(),
+            reclaim: self.course.reclaim.clone(),
+            drain: self.course.drain.clone(),
+            user_frozen_ms: ms(self.course.user_frozen),
+            freeze_ms: ms(self.freeze),
+            durable_ms: ms(self.stopped_at.elapsed()),
+            total_ms: ms(self.course.started.elapsed()),
+            memory: self.memory,
+            disk: self.disk,
+            vmstate_bytes: self.vmstate_bytes,
+        }
+    }
+}
+
+fn commit(staged: StagedBuild, info: BuildInfo) -> Result<torpor_build::Build, StepError> {
+    Ok(staged.commit(info)?)
+}

@@ -1,0 +1,319 @@
+//! A running sandbox: its VMM, its pager, its channel to the guest, and what it came from.
+//!
+//! Invariants:
+//! - The sandbox owns its VMM: dropping the sandbox kills the VMM first, then ends the pager, then
+//!   removes the run directory.
+//! - A pager that gives up kills the VMM at once: a guest whose faults nobody serves hangs for ever.
+//! - How the memory came to be ([`Memory`]) decides how it is captured; nothing else remembers
+//!   whether a sandbox was booted or resumed.
+
+use std::fs::File;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::task::spawn_blocking;
+use torpor_build::{Build, BuildId, BuildInfo, ImageReader, Name, PageRun, RunDir};
+use torpor_guest::Envd;
+use torpor_pager::{FailureSignal, PageSet, Pager, PagerStats};
+use torpor_vmm::Vmm;
+
+use crate::answer::first_answer;
+use crate::capture::{CapturePlan, CapturedMemory, present_pages};
+use crate::error::{StartError, StepError};
+use crate::pause::report::PauseReport;
+use crate::spec::GuestSpec;
+
+/// Name of the writable disk in a run directory.
+pub(crate) const DISK_FILE: &str = "layer.img";
+/// Name of the console's log in a run directory.
+pub(crate) const CONSOLE_FILE: &str = "console.log";
+/// How much of the console an error message shows.
+const CONSOLE_SHOWN_BYTES: usize = 2000;
+
+/// How a sandbox's memory came to be, and so what is known about it.
+#[derive(Debug)]
+pub(crate) enum Memory {
+    /// Written by the guest alone: what is present counts.
+    Booted,
+    /// Filled from the build before the guest started: what is present is compared.
+    Eager,
+    /// Served on demand: the pager knows what was written and removed.
+    Lazy(Arc<Pager>),
+}
+
+/// The build that a sandbox was resumed from, with its images opened.
+#[derive(Debug, Clone)]
+pub(crate) struct Parent {
+    pub(crate) build: Build,
+    pub(crate) memory: Arc<ImageReader>,
+    pub(crate) disk: Arc<ImageReader>,
+}
+
+/// What a sandbox is made of, but for its agent.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) vmm: Arc<dyn Vmm>,
+    pub(crate) memory: Memory,
+    pub(crate) memory_file: File,
+    pub(crate) parent: Option<Parent>,
+    pub(crate) spec: GuestSpec,
+    pub(crate) name: Name,
+    pub(crate) run_dir: RunDir,
+}
+
+/// A sandbox whose guest runs and has not answered yet. Its pager's failure ends it already.
+#[derive(Debug)]
+pub(crate) struct Starting(Body);
+
+/// Fields drop in this order, and the order matters: the VMM goes before its pager, and both
+/// before the run directory.
+#[derive(Debug)]
+struct Body {
+    _guardian: Option<Guardian>,
+    vmm: Arc<dyn Vmm>,
+    memory: Memory,
+    memory_file: Arc<File>,
+    parent: Option<Parent>,
+    spec: GuestSpec,
+    name: Name,
+    run_dir: RunDir,
+}
+
+/// A running sandbox. Dropping it kills the VMM and removes what it needed to run.
+#[derive(Debug)]
+pub struct Sandbox {
+    body: Body,
+    envd: Envd,
+    working_set: Vec<PageRun>,
+}
+
+impl Starting {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let guardian = match &parts.memory {
+            Memory::Lazy(pager) => Some(Guardian::of(pager, &parts.vmm)),
+            Memory::Booted | Memory::Eager => None,
+        };
+        Self(Body {
+            _guardian: guardian,
+            vmm: parts.vmm,
+            memory: parts.memory,
+            memory_file: Arc::new(parts.memory_file),
+            parent: parts.parent,
+            spec: parts.spec,
+            name: parts.name,
+            run_dir: parts.run_dir,
+        })
+    }
+
+    /// Waits for the agent's first answer: from then on it is a sandbox.
+    pub(crate) async fn answered(self, patience: Duration) -> Result<Sandbox, StartError> {
+        let body = self.0;
+        let envd = first_answer(&*body.vmm, body.run_dir.path(), patience).await?;
+        // What was touched until now is what every resume of this build touches first.
+        let working_set = match &body.memory {
+            Memory::Lazy(pager) => pager.working_set().into_iter().map(build_run).collect(),
+            Memory::Booted | Memory::Eager => Vec::new(),
+        };
+        Ok(Sandbox {
+            body,
+            envd,
+            working_set,
+        })
+    }
+}
+
+impl Sandbox {
+    /// The sandbox's name in the storage's run directory.
+    #[must_use]
+    pub fn name(&self) -> &Name {
+        &self.body.name
+    }
+
+    /// What the guest is.
+    #[must_use]
+    pub fn spec(&self) -> &GuestSpec {
+        &self.body.spec
+    }
+
+    /// The agent in the guest.
+    #[must_use]
+    pub fn envd(&self) -> &Envd {
+        &self.envd
+    }
+
+    /// The VMM.
+    #[must_use]
+    pub fn vmm(&self) -> &dyn Vmm {
+        &*self.body.vmm
+    }
+
+    /// The build that it was resumed from.
+    #[must_use]
+    pub fn parent_id(&self) -> Option<BuildId> {
+        self.body.parent.as_ref().map(|parent| parent.build.id())
+    }
+
+    /// What the pager has done; `None` for a sandbox whose memory nobody serves.
+    #[must_use]
+    pub fn pager_stats(&self) -> Option<PagerStats> {
+        match &self.body.memory {
+            Memory::Lazy(pager) => Some(pager.stats()),
+            Memory::Booted | Memory::Eager => None,
+        }
+    }
+
+    pub(crate) fn parent(&self) -> Option<Parent> {
+        self.body.parent.clone()
+    }
+
+    pub(crate) fn disk_path(&self) -> PathBuf {
+        self.body.run_dir.path().join(DISK_FILE)
+    }
+
+    /// What was touched from the start to the first answer.
+    pub(crate) fn working_set(&self) -> &[PageRun] {
+        &self.working_set
+    }
+
+    /// What must be copied of a stopped guest's memory. The pager settles first.
+    pub(crate) async fn plan_capture(
+        &self,
+        settle_max: Duration,
+    ) -> Result<CapturePlan, StepError> {
+        let total_pages = self.body.spec.memory_pages();
+        match &self.body.memory {
+            Memory::Lazy(pager) => {
+                let pager = Arc::clone(pager);
+                background(move || {
+                    pager.settle(settle_max)?;
+                    let dirty = pager.dirty()?;
+                    let runs = |set: &PageSet| set.runs().map(build_run).collect::<Vec<_>>();
+                    let (written, removed) = (runs(&dirty.written), runs(&dirty.removed));
+                    Ok(CapturePlan::tracked(total_pages, &written, &removed))
+                })
+                .await
+            }
+            Memory::Booted | Memory::Eager => {
+                let file = Arc::clone(&self.body.memory_file);
+                let present = background(move || {
+                    present_pages(&file, total_pages).map_err(StepError::Memory)
+                });
+                Ok(CapturePlan::present(total_pages, &present.await?))
+            }
+        }
+    }
+
+    /// Copies what the plan says out of the stopped guest's memory.
+    pub(crate) async fn copy_memory(&self, plan: CapturePlan) -> Result<CapturedMemory, StepError> {
+        let file = Arc::clone(&self.body.memory_file);
+        background(move || plan.copy_from(&file).map_err(StepError::Memory)).await
+    }
+
+    /// Lets a sandbox whose pause failed run as before: vCPUs, then the user's processes.
+    pub(crate) async fn go_on(&self, thaw_max: Duration) -> Result<(), StepError> {
+        self.body.vmm.resume_vcpus().await?;
+        self.envd.with_deadline(thaw_max).unfreeze().await?;
+        Ok(())
+    }
+
+    /// What the manifest of its next build says.
+    pub(crate) fn build_info(&self, template: Option<Name>, report: &PauseReport) -> BuildInfo {
+        let mut info = self.body.spec.build_info(self.body.vmm.identity());
+        info.parent = self.parent_id();
+        info.template = template.or(info.template);
+        info.working_set = self.working_set.clone();
+        // A report is plain numbers and text: it cannot fail to become JSON.
+        info.pause_report = serde_json::to_value(report).unwrap_or_default();
+        info
+    }
+
+    /// Ends the sandbox without a build: its VMM is gone when this returns.
+    pub async fn end(self) {
+        if let Err(error) = self.body.vmm.kill().await {
+            tracing::warn!(sandbox = %self.body.name, %error, "the VMM does not go");
+        }
+    }
+}
+
+pub(crate) fn build_run(run: torpor_pager::PageRun) -> PageRun {
+    PageRun {
+        first_page: run.first_page,
+        pages: run.pages,
+    }
+}
+
+pub(crate) fn pager_run(run: &PageRun) -> torpor_pager::PageRun {
+    torpor_pager::PageRun::new(run.first_page, run.pages)
+}
+
+/// The task that kills the VMM when the pager gives up; ends with this handle.
+#[derive(Debug)]
+struct Guardian(tokio::task::AbortHandle);
+
+impl Guardian {
+    fn of(pager: &Pager, vmm: &Arc<dyn Vmm>) -> Self {
+        let failure = pager.failure();
+        // Weak: the guardian must not keep the VMM alive when its sandbox is dropped.
+        let vmm = Arc::downgrade(vmm);
+        let watch = tokio::spawn(async move {
+            if let Err(error) = raised(&failure).await {
+                tracing::error!(%error, "the pager's failure signal cannot be watched");
+            }
+            let Some(vmm) = vmm.upgrade() else { return };
+            let why = failure
+                .get()
+                .map(|failure| failure.to_string())
+                .unwrap_or_default();
+            tracing::error!(%why, pid = vmm.pid(), "the pager gave up; the VMM is killed");
+            if let Err(error) = vmm.kill().await {
+                tracing::error!(%error, "the VMM does not go");
+            }
+        });
+        Self(watch.abort_handle())
+    }
+}
+
+impl Drop for Guardian {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Waits until a failure has been raised.
+async fn raised(failure: &FailureSignal) -> std::io::Result<()> {
+    let signal = failure.as_fd().try_clone_to_owned()?;
+    // SAFETY: the AsyncFd owns the descriptor, so that it stays open and the same while it is
+    // registered.
+    let signal = unsafe { AsyncFd::register_with_interest(signal, Interest::READABLE) }?;
+    while failure.get().is_none() {
+        signal.readable().await?.clear_ready();
+    }
+    Ok(())
+}
+
+/// Runs work that blocks.
+pub(crate) async fn background<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
+) -> Result<T, StepError> {
+    spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(StepError::Panicked(error.to_string())))
+}
+
+/// The end of a console's log, for an error message.
+pub(crate) fn console_tail(run_dir: &Path) -> String {
+    let log = std::fs::read(run_dir.join(CONSOLE_FILE)).unwrap_or_default();
+    let tail = log.len().saturating_sub(CONSOLE_SHOWN_BYTES);
+    String::from_utf8_lossy(&log[tail..]).trim().to_owned()
+}
+
+/// A name for a sandbox that nobody named.
+pub(crate) fn new_name() -> Result<Name, StartError> {
+    let name = format!("s-{}", BuildId::random());
+    name.parse()
+        .map_err(|error| StartError::Build(torpor_build::Error::Id(error)))
+}

@@ -1,0 +1,310 @@
+//! The command line's shape: every option, its help, and the examples that `--help` shows.
+//!
+//! Nothing is done here; `main.rs` maps a parsed command to its file.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Pause microVM sandboxes leanly, resume them instantly.
+#[derive(Debug, Parser)]
+#[command(version, about, after_help = EXIT_CODES, propagate_version = true)]
+pub(crate) struct Cli {
+    /// Where builds, images and running sandboxes are kept
+    /// [default: ~/.local/share/torpor]
+    #[arg(long, global = true, env = "TORPOR_STORAGE", value_name = "DIR")]
+    pub(crate) storage: Option<PathBuf>,
+
+    /// Print the result as JSON on standard output (progress stays on standard error)
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    /// Say more on standard error; twice for everything
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    failed; the message says what and the next step
+  2    the command line is not understood
+  3    the build, template or file that was named does not exist
+  4    refused: the id is taken, children exist, another VMM version made the build
+  5    a command in the guest failed
+  6    the sandbox was lost; the last build is intact
+  130  interrupted; nothing is left behind";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show what this host offers, and the next step where something is missing
+    #[command(after_help = "Examples:\n  torpor doctor\n  torpor doctor --json | jq '.checks[] | select(.ok == false)'")]
+    Doctor(DoctorArgs),
+
+    /// Boot a template, or put a layer on top of a build
+    #[command(after_help = CREATE_EXAMPLES)]
+    CreateBuild(CreateBuildArgs),
+
+    /// Resume a build: measure it, run a command in it, pause it into a new build
+    #[command(after_help = RESUME_EXAMPLES)]
+    ResumeBuild(ResumeBuildArgs),
+
+    /// Show a build's sizes, layers, checksums and pause report
+    #[command(after_help = "Examples:\n  torpor inspect-build python\n  torpor inspect-build python --validate --recursive\n  torpor inspect-build 7d3f… --svg memory.svg")]
+    InspectBuild(InspectBuildArgs),
+
+    /// List all builds and the templates that name them
+    #[command(after_help = "Examples:\n  torpor list-builds\n  torpor list-builds --json | jq -r '.builds[].id'")]
+    ListBuilds,
+
+    /// Delete a build that no other build stands on
+    #[command(after_help = "Examples:\n  torpor delete-build 7d3f…\n  torpor delete-build 7d3f… --json")]
+    DeleteBuild(DeleteBuildArgs),
+}
+
+const CREATE_EXAMPLES: &str = "\
+Examples:
+  # boot the base image and store it as the template `base`
+  torpor create-build --template base
+
+  # a template with something installed, ready when its port answers
+  torpor create-build --template python --memory 512M --vcpu 1 \\
+      --setup-cmd 'pip install flask' --ready-cmd 'test -e /run/app.ready'
+
+  # a layer on top of it; the pause reclaims and drains for at most 2 s
+  torpor create-build --template python-warm --from-build python \\
+      --setup-cmd 'python3 -c \"import json, re\"' --reclaim --fph-timeout-ms 2000";
+
+const RESUME_EXAMPLES: &str = "\
+Examples:
+  # how long a resume takes, ten times, files not in the host's cache
+  torpor resume-build --from-build base --iterations 10 --cold
+
+  # run a command and pause into a new build when it succeeds
+  torpor resume-build --from-build base --cmd-pause 'echo hello > /root/hello' --reclaim
+
+  # look around in it
+  torpor resume-build --from-build base --shell
+
+  # what does the drain bring, for this workload?
+  torpor resume-build --from-build base --cmd './job' --fph-bench --fph-timeout-ms 5000";
+
+/// What holds for every command that runs a guest.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Reclaim in the guest before the pause (overrides the flag `reclaim-on-pause`)
+    #[arg(long)]
+    pub(crate) reclaim: bool,
+
+    /// Drain before the pause for at most N milliseconds, 0 for not at all (overrides the flag
+    /// `free-page-hinting-timeout-ms`)
+    #[arg(long, value_name = "N")]
+    pub(crate) fph_timeout_ms: Option<u64>,
+
+    /// A JSON file of flags, looked at again at every pause
+    #[arg(long, value_name = "FILE", env = "TORPOR_FLAGS")]
+    pub(crate) flags: Option<PathBuf>,
+
+    /// The QEMU to use [default: qemu-system-x86_64 from PATH]
+    #[arg(long, value_name = "PATH", env = "TORPOR_QEMU")]
+    pub(crate) qemu: Option<PathBuf>,
+
+    /// How written pages are tracked in a resumed guest
+    #[arg(long, value_enum, default_value_t = Tracking::Auto, env = "TORPOR_WRITE_TRACKING")]
+    pub(crate) write_tracking: Tracking,
+}
+
+/// How written pages are tracked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Tracking {
+    /// The best that the host's kernel has
+    Auto,
+    /// Asynchronous write-protect (Linux 6.7 and newer)
+    Async,
+    /// A fault for each first write (older kernels)
+    Sync,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// The QEMU to look at [default: qemu-system-x86_64 from PATH]
+    #[arg(long, value_name = "PATH", env = "TORPOR_QEMU")]
+    pub(crate) qemu: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateBuildArgs {
+    /// The name under which the build can be resumed: a-z, 0-9 and -
+    #[arg(long, value_name = "NAME")]
+    pub(crate) template: String,
+
+    /// Put a layer on top of this build (an id or a template's name) instead of booting
+    #[arg(long, value_name = "ID", conflicts_with_all = ["memory", "vcpu", "disk", "rootfs", "kernel", "network"])]
+    pub(crate) from_build: Option<String>,
+
+    /// The guest's memory
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub(crate) memory: u64,
+
+    /// The guest's processors
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=32))]
+    pub(crate) vcpu: u32,
+
+    /// Size of the guest's writable disk (sparse: only what is written costs)
+    #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
+    pub(crate) disk: u64,
+
+    /// The base root file system: a directory, a tar archive or an ext4 image
+    /// [default: the one that `make setup` made]
+    #[arg(long, value_name = "DIR|TAR|EXT4")]
+    pub(crate) rootfs: Option<PathBuf>,
+
+    /// The guest kernel's series, as `make setup` keeps it
+    #[arg(long, value_name = "SERIES", default_value = torpor_sandbox::assets::DEFAULT_KERNEL)]
+    pub(crate) kernel: String,
+
+    /// Give the guest a network: connections out, none in
+    #[arg(long)]
+    pub(crate) network: bool,
+
+    /// A shell command to run in the guest before it is stored; it must succeed
+    #[arg(long, value_name = "CMD")]
+    pub(crate) setup_cmd: Option<String>,
+
+    /// A shell command that is repeated until it succeeds; only then is the guest stored
+    #[arg(long, value_name = "CMD")]
+    pub(crate) ready_cmd: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").multiple(false).args(["cmd", "pause", "cmd_pause", "signal_pause", "shell"]))]
+pub(crate) struct ResumeBuildArgs {
+    /// The build to resume: an id or a template's name
+    #[arg(long, value_name = "ID")]
+    pub(crate) from_build: String,
+
+    /// The id of the build that a pause makes [default: a new one]
+    #[arg(long, value_name = "ID", conflicts_with_all = ["cmd", "fph_bench"])]
+    pub(crate) to_build: Option<String>,
+
+    /// Run a shell command in the guest, then discard the sandbox
+    #[arg(long, value_name = "CMD")]
+    pub(crate) cmd: Option<String>,
+
+    /// Pause at once
+    #[arg(long)]
+    pub(crate) pause: bool,
+
+    /// Run a shell command in the guest and pause when it succeeds
+    #[arg(long, value_name = "CMD")]
+    pub(crate) cmd_pause: Option<String>,
+
+    /// Pause when torpor gets this signal: USR1, USR2, HUP, TERM or INT
+    #[arg(long, value_name = "SIG")]
+    pub(crate) signal_pause: Option<String>,
+
+    /// A shell in the guest; with --to-build what is left is stored when it ends
+    #[arg(long, conflicts_with_all = ["iterations", "json"])]
+    pub(crate) shell: bool,
+
+    /// Do it N times and print min, median and p95; of the builds that pauses make only the last
+    /// one is kept
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) iterations: u32,
+
+    /// Drop the host's cache of the build before each iteration
+    #[arg(long)]
+    pub(crate) cold: bool,
+
+    /// Do not bring in the recorded working set; every page waits for its fault
+    #[arg(long)]
+    pub(crate) no_prefetch: bool,
+
+    /// Fill the guest's memory before it starts instead of serving page faults
+    #[arg(long)]
+    pub(crate) eager: bool,
+
+    /// Pause twice from the same build after --cmd, with and without the drain, and compare
+    #[arg(long, requires = "cmd")]
+    pub(crate) fph_bench: bool,
+
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectBuildArgs {
+    /// An id or a template's name
+    #[arg(value_name = "ID")]
+    pub(crate) build: String,
+
+    /// Read everything and verify every checksum
+    #[arg(long)]
+    pub(crate) validate: bool,
+
+    /// The builds below it too
+    #[arg(long)]
+    pub(crate) recursive: bool,
+
+    /// Draw the guest's memory as a map: which layer, zero, removed
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DeleteBuildArgs {
+    /// An id, or the name of a template (the name goes with its build)
+    #[arg(value_name = "ID")]
+    pub(crate) build: String,
+}
+
+/// `512M`, `4G`, `1048576`: bytes, with an optional K, M, G or T (powers of 1024).
+fn parse_size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("`{text}` is not a size: write for example 512M or 4G");
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" | "B" => 0,
+        "K" | "KB" | "KIB" => 10,
+        "M" | "MB" | "MIB" => 20,
+        "G" | "GB" | "GIB" => 30,
+        "T" | "TB" | "TIB" => 40,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_examples() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Examples:"), "{}", command.get_name());
+        }
+    }
+
+    #[test]
+    fn sizes_are_read_with_their_unit() {
+        assert_eq!(parse_size("512M"), Ok(512 << 20));
+        assert_eq!(parse_size("4G"), Ok(4 << 30));
+        assert_eq!(parse_size("123"), Ok(123));
+        assert!(parse_size("lots").is_err());
+        assert!(parse_size("99999999T").is_err());
+        assert!(parse_size("5X").is_err());
+    }
+}

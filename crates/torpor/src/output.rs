@@ -1,0 +1,105 @@
+//! The only place that speaks: results on standard output, progress and hints on standard error.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+use torpor_sandbox::progress::{Progress, ProgressEvent};
+
+/// How a command prints.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Output {
+    json: bool,
+}
+
+impl Output {
+    pub(crate) fn new(json: bool) -> Self {
+        Self { json }
+    }
+
+    pub(crate) fn is_json(self) -> bool {
+        self.json
+    }
+
+    /// Prints a command's result: as JSON, or as `text` renders it.
+    pub(crate) fn result<T: Serialize>(
+        self,
+        result: &T,
+        text: impl FnOnce(&T) -> String,
+    ) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        if self.json {
+            serde_json::to_writer_pretty(&mut out, result)?;
+            writeln!(out)
+        } else {
+            writeln!(out, "{}", text(result).trim_end())
+        }
+    }
+
+    /// A remark for a person, on standard error.
+    #[expect(clippy::unused_self, reason = "whoever speaks holds an Output")]
+    pub(crate) fn note(self, text: &str) {
+        // A closed standard error is nobody to complain to.
+        drop(writeln!(io::stderr(), "{text}"));
+    }
+
+    /// Progress of a long operation: a spinner with the step's name on a terminal, one line a step
+    /// elsewhere (CI keeps a log, not a screen).
+    pub(crate) fn progress(self) -> Progress {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        let style = ProgressStyle::with_template("{spinner} {msg} {elapsed}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+        let on_terminal = io::stderr().is_terminal();
+        let current: Mutex<Option<(&'static str, Instant)>> = Mutex::new(None);
+        Progress::to(move |event| {
+            let Ok(mut current) = current.lock() else { return };
+            match event {
+                ProgressEvent::Started { step } => {
+                    *current = Some((step, Instant::now()));
+                    if on_terminal {
+                        bar.reset();
+                        bar.set_message(step);
+                        bar.enable_steady_tick(SPINNER_TICK);
+                    }
+                }
+                ProgressEvent::Finished => {
+                    if let Some((step, since)) = current.take() {
+                        bar.finish_and_clear();
+                        let line = format!("  {step}: {}", ms(since.elapsed().as_secs_f64() * 1e3));
+                        drop(writeln!(io::stderr(), "{line}"));
+                    }
+                }
+            }
+        })
+    }
+}
+
+/// How often the spinner turns.
+const SPINNER_TICK: Duration = Duration::from_millis(100);
+
+/// `7.2 ms`, `1.35 s`.
+pub(crate) fn ms(ms: f64) -> String {
+    if ms < 1000.0 { format!("{ms:.1} ms") } else { format!("{:.2} s", ms / 1000.0) }
+}
+
+/// `83.5 MiB`.
+#[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
+pub(crate) fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+/// Rows under a heading, columns aligned: the first to the left, the others to the right.
+pub(crate) fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::NOTHING);
+    table.set_header(heading);
+    for row in rows {
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(comfy_table::CellAlignment::Right);
+    }
+    table.to_string()
+}
