@@ -6,7 +6,8 @@
 //! the guest wrote and which it gave back, and which ones the next resume should bring in ahead.
 //!
 //! - `machine`: the page states and waiting faults, pure
-//! - `service`: events, faults and fills; the one lock, and why
+//! - `service`: events and faults; the one lock, and why
+//! - `bulk`: many pages at once: neighbours, prefetch
 //! - `threads`: reader, worker, prefetcher
 //! - `pager`: what the owner calls
 //! - `kernel`, `uffd`, `pagemap`: the kernel's side; all unsafe code is in the last two
@@ -21,6 +22,7 @@
 //! the guest gets its page back and writes to it, that write is lost. The kernel offers no way to
 //! see an event before the discarding thread is let go.
 
+mod bulk;
 mod error;
 mod failure;
 mod kernel;
@@ -35,12 +37,12 @@ mod threads;
 mod uffd;
 mod working_set;
 
+pub use bulk::READ_PAGES_MAX;
 pub use error::{PagerError, PagerFailure};
 pub use failure::FailureSignal;
 pub use kernel::Backing;
 pub use page_set::{PAGE_SIZE, PageRun, PageSet};
 pub use pager::{DirtyPages, Pager, PagerConfig};
-pub use service::READ_PAGES_MAX;
 pub use source::{PageSource, SourceKind, SourceRun};
 pub use stats::PagerStats;
 pub use uffd::{Region, Uffd, WriteTracking};

@@ -14,13 +14,14 @@ use std::time::{Duration, Instant};
 
 use rustix::event::EventfdFlags;
 
+use crate::bulk::READ_PAGES_MAX;
 use crate::error::PagerError;
 use crate::failure::FailureSignal;
 use crate::kernel::{Backing, HostKernel, Regions, memfd_runs};
 use crate::machine::Machine;
 use crate::page_set::{PAGE_SIZE_U64, PageRun, PageSet};
 use crate::pagemap::Pagemap;
-use crate::service::{READ_PAGES_MAX, Service};
+use crate::service::Service;
 use crate::source::PageSource;
 use crate::stats::{Counters, PagerStats};
 use crate::uffd::{Region, Uffd, WriteTracking};

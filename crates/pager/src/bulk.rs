@@ -1,0 +1,323 @@
+//! Many pages at once: neighbours of a fault, and what is brought in ahead.
+//!
+//! Nobody waits for any of it, so it gives way: it takes the lock for 64 KiB at a time, when no
+//! fault wants it, asks anew before each copy what is still absent, and gives up where the kernel
+//! puts it off for long. A run of zeros is never read from the source.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::PagerFailure;
+use crate::kernel::ZERO_PAGES_MAX;
+use crate::machine::{Need, Reason};
+use crate::page_set::{PAGE_SIZE, PageRun};
+use crate::service::{AGAIN_PAUSE, Service, State};
+use crate::source::SourceKind;
+use crate::uffd::Filled;
+
+/// The longest read that a source is asked for: 1 MiB. Long enough for storage to reach its
+/// bandwidth, short enough that a buffer of it costs nothing.
+pub const READ_PAGES_MAX: u64 = 256;
+
+/// Pages copied while the lock is held: 64 KiB, some 30 µs. A fault waits for that at most.
+const COPY_PAGES_PER_LOCK: u64 = 16;
+
+const _: () = assert!(
+    ZERO_PAGES_MAX == COPY_PAGES_PER_LOCK,
+    "both bound how long the lock is held"
+);
+const _: () = assert!(COPY_PAGES_PER_LOCK <= READ_PAGES_MAX);
+
+/// Attempts at a read of the source. With the pauses below a source has half a second to recover.
+const SOURCE_ATTEMPTS: u32 = 4;
+
+/// The pause before the second attempt; each further one is ten times as long.
+const SOURCE_PAUSE: Duration = Duration::from_millis(5);
+
+/// Times that a bulk fill is tried again at one place before it is dropped (nobody waits for it):
+/// a fifth of a second.
+const BULK_AGAIN_MAX: u32 = 1000;
+
+/// How a bulk fill ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bulk {
+    Done,
+    /// The kernel put it off at this page.
+    Again(u64),
+    /// The VMM has gone, or the pager has failed.
+    Over,
+}
+
+impl Service {
+    /// The aligned window around a page, inside its region.
+    pub(crate) fn window(&self, page: u64) -> PageRun {
+        let pages = self.fault_around_pages.max(1);
+        let aligned = PageRun::new(page - page % pages, pages);
+        let region = self
+            .kernel
+            .region_around(page)
+            .unwrap_or(PageRun::new(page, 1));
+        aligned.clipped_to(region).unwrap_or(PageRun::new(page, 1))
+    }
+
+    /// The run of the source's data pages around a page, inside its window.
+    pub(crate) fn data_span(&self, page: u64) -> PageRun {
+        let window = self.window(page);
+        let mut at = window.first_page;
+        while at < window.end_page() {
+            let run = self.source.run_at(at);
+            let found = PageRun::new(at, run.pages.max(1));
+            if run.kind == SourceKind::Data && (at..found.end_page()).contains(&page) {
+                return found.clipped_to(window).unwrap_or(PageRun::new(page, 1));
+            }
+            at = found.end_page();
+        }
+        PageRun::new(page, 1)
+    }
+
+    /// From the first to the last page of a run that is still to come from the source.
+    pub(crate) fn absent_part(&self, run: PageRun) -> Option<PageRun> {
+        let state = self.lock_when_calm();
+        let absent = |page: &u64| state.machine.need(*page) == Need::Source;
+        let first_page = (run.first_page..run.end_page()).find(absent)?;
+        let last_page = (run.first_page..run.end_page()).rev().find(absent)?;
+        Some(PageRun::new(first_page, last_page + 1 - first_page))
+    }
+
+    /// Reads from the source, with its bounded number of attempts. `Err(None)`: the pager stops.
+    pub(crate) fn read(&self, run: PageRun, buf: &mut Vec<u8>) -> Result<(), Option<PagerFailure>> {
+        let len_bytes = usize::try_from(run.pages.min(READ_PAGES_MAX)).unwrap_or(0) * PAGE_SIZE;
+        buf.resize(len_bytes, 0);
+        let mut pause = SOURCE_PAUSE;
+        for attempt in 1..=SOURCE_ATTEMPTS {
+            match self.source.read(run.first_page, buf) {
+                Ok(()) => return Ok(()),
+                Err(error) if attempt == SOURCE_ATTEMPTS => {
+                    return Err(Some(PagerFailure::Source {
+                        page: run.first_page,
+                        attempts: attempt,
+                        source: Arc::new(error),
+                    }));
+                }
+                Err(error) => {
+                    tracing::warn!(page = run.first_page, attempt, %error, "source read failed");
+                    self.lock().counters.stats.source_retries += 1;
+                    if !self.pause(pause) {
+                        return Err(None);
+                    }
+                    pause *= 10;
+                }
+            }
+        }
+        Err(None)
+    }
+
+    /// Installs what is still absent of a run whose content is in `data`.
+    pub(crate) fn fill(&self, run: PageRun, data: &[u8], reason: Reason) {
+        let mut from = run.first_page;
+        for _ in 0..BULK_AGAIN_MAX {
+            let rest = PageRun::new(from, run.end_page() - from);
+            match self.fill_some(rest, slice(run, from, rest.pages, data), reason) {
+                Bulk::Done | Bulk::Over => return,
+                // Neighbours are a kindness: not worth waiting for.
+                Bulk::Again(_) if reason == Reason::Neighbour => return,
+                Bulk::Again(page) => {
+                    from = page;
+                    if !self.pause(AGAIN_PAUSE) {
+                        return;
+                    }
+                    self.drain_for_others(&mut self.lock());
+                }
+            }
+        }
+    }
+
+    fn fill_some(&self, run: PageRun, data: &[u8], reason: Reason) -> Bulk {
+        let mut from = run.first_page;
+        while from < run.end_page() {
+            let piece = PageRun::new(from, COPY_PAGES_PER_LOCK.min(run.end_page() - from));
+            let mut state = self.lock_when_calm();
+            if state.stopping || state.vmm_gone {
+                return Bulk::Over;
+            }
+            let mut rest = piece;
+            while let Some(absent) = state.machine.next_absent(rest, Need::Source) {
+                let content = slice(run, absent.first_page, absent.pages, data);
+                let filled = self.kernel.copy(absent.first_page, content, true);
+                match self.bulk_filled(&mut state, absent, filled, SourceKind::Data, reason) {
+                    Ok(pages) => {
+                        let next_page = absent.first_page + pages;
+                        rest = PageRun::new(next_page, piece.end_page() - next_page);
+                    }
+                    Err(end) => return end,
+                }
+            }
+            from = piece.end_page();
+        }
+        Bulk::Done
+    }
+
+    /// Installs zeros where the run (a window, or shorter) needs them, under the caller's lock.
+    /// Discarded pages are filled only around a fault: ahead of one they are to stay as empty as
+    /// the guest wanted them.
+    pub(crate) fn fill_zeros(&self, state: &mut State, run: PageRun, reason: Reason) -> Bulk {
+        let mut at = run.first_page;
+        while at < run.end_page() {
+            let zeros = (at..run.end_page())
+                .take_while(|page| self.zero_wanted(state, *page, reason))
+                .count() as u64;
+            if zeros == 0 {
+                at += 1;
+                continue;
+            }
+            let zeros = PageRun::new(at, zeros.min(ZERO_PAGES_MAX));
+            let filled = self.kernel.zero(zeros, true);
+            match self.bulk_filled(state, zeros, filled, SourceKind::Zero, reason) {
+                Ok(pages) => at += pages,
+                Err(end) => return end,
+            }
+        }
+        Bulk::Done
+    }
+
+    fn zero_wanted(&self, state: &State, page: u64, reason: Reason) -> bool {
+        match state.machine.need(page) {
+            Need::Nothing => false,
+            Need::Zero => reason == Reason::Neighbour,
+            Need::Source => self.source.run_at(page).kind == SourceKind::Zero,
+        }
+    }
+
+    /// A fill that nobody waited for has ended so. Returns how many pages are dealt with.
+    fn bulk_filled(
+        &self,
+        state: &mut State,
+        run: PageRun,
+        filled: std::io::Result<Filled>,
+        content: SourceKind,
+        reason: Reason,
+    ) -> Result<u64, Bulk> {
+        match filled {
+            Ok(Filled::Bytes(bytes)) => {
+                let pages = (bytes / PAGE_SIZE as u64).clamp(1, run.pages);
+                self.count(state, PageRun::new(run.first_page, pages), content, reason);
+                Ok(pages)
+            }
+            Ok(Filled::Exists) => {
+                state.machine.installed(run.first_page, reason);
+                if let Err(error) = self.kernel.wake(run.first_page) {
+                    self.fail_kernel("wake a thread", run.first_page, error);
+                }
+                Ok(1)
+            }
+            Ok(Filled::Again) => {
+                state.counters.stats.eagain += 1;
+                Err(Bulk::Again(run.first_page))
+            }
+            Ok(Filled::Gone) => {
+                self.vmm_gone(state);
+                Err(Bulk::Over)
+            }
+            Err(error) => {
+                self.fail_kernel("install pages", run.first_page, error);
+                Err(Bulk::Over)
+            }
+        }
+    }
+
+    /// Reads events on a thread other than the reader, and lets the reader watch what came.
+    pub(crate) fn drain_for_others(&self, state: &mut State) {
+        let (before, _) = state.machine.waiting();
+        self.drain(state);
+        if before == 0 && state.machine.waiting().0 > 0 {
+            self.nudge_reader();
+        }
+    }
+
+    // Prefetch
+
+    /// Brings in the next piece of the prefetch queue. `false`: there is none (any more).
+    pub(crate) fn prefetch_some(&self, buf: &mut Vec<u8>) -> bool {
+        let Some((run, kind)) = self.next_prefetch() else {
+            return false;
+        };
+        match kind {
+            SourceKind::Zero => self.prefetch_zeros(run),
+            SourceKind::Data => {
+                let Some(absent) = self.absent_part(run) else {
+                    return true;
+                };
+                match self.read(absent, buf) {
+                    Ok(()) => self.fill(absent, buf, Reason::Prefetch),
+                    Err(failure) => {
+                        // Nobody waits for these pages; the fault that does will say more.
+                        if let Some(failure) = failure {
+                            tracing::warn!(%failure, "prefetch dropped");
+                        }
+                        self.lock().prefetch.clear();
+                    }
+                }
+            }
+        }
+        true
+    }
+
+    /// Takes the next piece that is all of one kind, in one region, and not too long.
+    fn next_prefetch(&self) -> Option<(PageRun, SourceKind)> {
+        let mut state = self.lock_when_calm();
+        while !state.stopping && !state.vmm_gone {
+            let Some(wanted) = state.prefetch.pop_front() else {
+                break;
+            };
+            let Some(region) = self.kernel.region_around(wanted.first_page) else {
+                // Between two regions: on with the page after this one.
+                if wanted.pages > 1 {
+                    let rest = PageRun::new(wanted.first_page + 1, wanted.pages - 1);
+                    state.prefetch.push_front(rest);
+                }
+                continue;
+            };
+            let Some(inside) = wanted.clipped_to(region) else {
+                continue;
+            };
+            let there = self.source.run_at(inside.first_page);
+            let pages = inside.pages.min(there.pages.max(1)).min(READ_PAGES_MAX);
+            if wanted.pages > pages {
+                let rest = PageRun::new(wanted.first_page + pages, wanted.pages - pages);
+                state.prefetch.push_front(rest);
+            }
+            return Some((PageRun::new(inside.first_page, pages), there.kind));
+        }
+        state.prefetcher_runs = false;
+        None
+    }
+
+    fn prefetch_zeros(&self, run: PageRun) {
+        let mut from = run.first_page;
+        let mut again_left = BULK_AGAIN_MAX;
+        while from < run.end_page() {
+            let piece = PageRun::new(from, ZERO_PAGES_MAX.min(run.end_page() - from));
+            let mut state = self.lock_when_calm();
+            match self.fill_zeros(&mut state, piece, Reason::Prefetch) {
+                Bulk::Done => from = piece.end_page(),
+                Bulk::Over => return,
+                Bulk::Again(page) => {
+                    self.drain_for_others(&mut state);
+                    drop(state);
+                    from = page;
+                    again_left -= 1;
+                    if again_left == 0 || !self.pause(AGAIN_PAUSE) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The bytes of some pages in a buffer that starts at the first page of `whole`.
+pub(crate) fn slice(whole: PageRun, first_page: u64, pages: u64, data: &[u8]) -> &[u8] {
+    let start = usize::try_from(first_page - whole.first_page).unwrap_or(usize::MAX) * PAGE_SIZE;
+    let len = usize::try_from(pages).unwrap_or(usize::MAX) * PAGE_SIZE;
+    &data[start..start + len]
+}

@@ -1,0 +1,440 @@
+//! The pager against the real kernel, with guest memory mapped in this process.
+#![allow(
+    missing_docs,
+    clippy::cast_possible_truncation,
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    reason = "test names are sentences; page numbers are small; helpers are tests as well"
+)]
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use support::{Content, DEADLINE, Guest, Memory, TestSource, until};
+use torpor_pager::{PageRun, PageSet, PagerError, PagerFailure, WriteTracking};
+
+const MEMORIES: [Memory; 2] = [Memory::Anonymous, Memory::SharedMemfd];
+const TRACKINGS: [WriteTracking; 3] = [
+    WriteTracking::Async,
+    WriteTracking::Sync,
+    WriteTracking::Off,
+];
+
+fn source(pages: u64) -> Arc<TestSource> {
+    Arc::new(TestSource::new(pages))
+}
+
+/// Every kind of memory with every way of tracking writes.
+fn everywhere(mut test: impl FnMut(Memory, WriteTracking)) {
+    for memory in MEMORIES {
+        for tracking in TRACKINGS {
+            eprintln!("on {memory:?} with {tracking:?} tracking");
+            test(memory, tracking);
+        }
+    }
+}
+
+fn set(pages: u64, runs: &[(u64, u64)]) -> PageSet {
+    let mut set = PageSet::with_capacity_pages(pages);
+    for (first_page, pages) in runs {
+        set.insert_run(PageRun::new(*first_page, *pages));
+    }
+    set
+}
+
+#[test]
+fn every_page_reads_as_the_source_has_it() {
+    everywhere(|memory, tracking| {
+        let guest = Guest::new(memory, 300);
+        let mut plan = TestSource::new(290);
+        plan.zero_pages = (20..50).chain([60]).collect();
+        let pager = guest.pager(&Arc::new(plan), tracking, |_| {});
+        for page in 0..300 {
+            let zero = (20..50).contains(&page) || page == 60 || page >= 290;
+            let expected = if zero {
+                Content::Zero
+            } else {
+                Content::Generation(0)
+            };
+            assert_eq!(guest.read(page), expected, "page {page}");
+        }
+        // The last page's neighbours come after its reader has been woken.
+        let all = || pager.stats().pages_copied + pager.stats().pages_zeroed == 300;
+        until("every page was installed once", all);
+        until("no fault waits", || pager.stats().faults_waiting == 0);
+        assert!(
+            pager.stats().faults < 60,
+            "neighbours come along: {:?}",
+            pager.stats()
+        );
+    });
+}
+
+#[test]
+fn a_source_of_blocks_is_read_once_for_a_block() {
+    let guest = Guest::new(Memory::SharedMemfd, 64);
+    let mut plan = TestSource::new(64);
+    plan.block_pages = 16;
+    let source = Arc::new(plan);
+    let pager = guest.pager(&source, WriteTracking::Async, |_| {});
+    for page in 0..64 {
+        assert_eq!(guest.read(page), Content::Generation(0));
+    }
+    assert_eq!(source.reads.load(Ordering::SeqCst), 4);
+    assert!(pager.stats().faults >= 4);
+}
+
+#[test]
+fn a_discarded_page_reads_as_zero_whether_it_was_there_or_not() {
+    everywhere(|memory, tracking| {
+        let guest = Guest::new(memory, 128);
+        let pager = guest.pager(&source(128), tracking, |_| {});
+        assert_eq!(guest.read(3), Content::Generation(0));
+        guest.write(4, 7);
+        guest.discard(&pager, 2, 60);
+        for page in 0..128 {
+            let gone = (2..62).contains(&page);
+            let expected = if gone {
+                Content::Zero
+            } else {
+                Content::Generation(0)
+            };
+            assert_eq!(guest.read(page), expected, "page {page}");
+        }
+        guest.write(5, 9);
+        assert_eq!(guest.read(5), Content::Generation(9));
+        let stats = pager.stats();
+        assert_eq!((stats.removes, stats.pages_removed), (1, 60));
+    });
+}
+
+#[test]
+fn a_discard_of_a_part_of_a_page_takes_what_the_kernel_takes() {
+    everywhere(|memory, tracking| {
+        let guest = Guest::new(memory, 64);
+        let pager = guest.pager(&source(64), tracking, |_| {});
+        (0..64).for_each(|page| assert_eq!(guest.read(page), Content::Generation(0)));
+        // madvise rounds a length up to whole pages, so all of page 11 goes.
+        guest.punch(10, 2);
+        guest.madvise(10, 5000);
+        pager.settle(DEADLINE).unwrap();
+        assert_eq!(pager.stats().pages_removed, 2);
+        assert_eq!(guest.read(9), Content::Generation(0));
+        assert_eq!(
+            (guest.read(10), guest.read(11)),
+            (Content::Zero, Content::Zero)
+        );
+        assert_eq!(guest.read(12), Content::Generation(0));
+    });
+}
+
+#[test]
+fn the_dirty_set_is_exact() {
+    for memory in MEMORIES {
+        for tracking in [WriteTracking::Async, WriteTracking::Sync] {
+            eprintln!("on {memory:?} with {tracking:?} tracking");
+            let guest = Guest::new(memory, 512);
+            let mut plan = TestSource::new(512);
+            plan.zero_pages = (200..300).collect();
+            let pager = guest.pager(&Arc::new(plan), tracking, |config| {
+                config.prefetch = vec![PageRun::new(400, 50), PageRun::new(250, 40)];
+            });
+            until("prefetched", || pager.prefetch_done());
+            (0..40).for_each(|page| _ = guest.read(page));
+            // Written: read before, never touched before, zero in the source, prefetched.
+            [5, 100, 210, 255, 410]
+                .into_iter()
+                .for_each(|page| guest.write(page, 1));
+            // Written and then removed; removed and then read; removed and then written.
+            guest.write(20, 1);
+            guest.discard(&pager, 18, 10);
+            (18..22).for_each(|page| assert_eq!(guest.read(page), Content::Zero));
+            guest.write(25, 2);
+            // Removed and never there; removed twice.
+            guest.discard(&pager, 300, 50);
+            guest.discard(&pager, 310, 4);
+            pager.settle(DEADLINE).unwrap();
+            for _ in 0..2 {
+                let dirty = pager.dirty().unwrap();
+                let written = [(5, 1), (25, 1), (100, 1), (210, 1), (255, 1), (410, 1)];
+                assert_eq!(dirty.written, set(512, &written));
+                assert_eq!(dirty.removed, set(512, &[(18, 7), (26, 2), (300, 50)]));
+            }
+            // The guest goes on after a pause that failed.
+            guest.write(19, 3);
+            guest.discard(&pager, 5, 1);
+            pager.settle(DEADLINE).unwrap();
+            let dirty = pager.dirty().unwrap();
+            assert!(dirty.written.contains(19) && !dirty.removed.contains(19));
+            assert!(dirty.removed.contains(5) && !dirty.written.contains(5));
+        }
+    }
+}
+
+#[test]
+fn without_tracking_there_is_no_dirty_set() {
+    let guest = Guest::new(Memory::Anonymous, 8);
+    let pager = guest.pager(&source(8), WriteTracking::Off, |_| {});
+    assert!(matches!(pager.dirty(), Err(PagerError::NotTracked)));
+}
+
+/// Fails without `drop_late_copies` (tried: page 40 then reads as the source's).
+#[test]
+fn a_page_installed_between_the_hole_and_its_event_is_removed_all_the_same() {
+    for tracking in TRACKINGS {
+        let guest = Guest::new(Memory::SharedMemfd, 64);
+        let pager = guest.pager(&source(64), tracking, |_| {});
+        assert_eq!(guest.read(40), Content::Generation(0));
+        guest.punch(40, 1);
+        // The event has not come: the pager cannot know, and brings the old content back.
+        assert_eq!(guest.read(40), Content::Generation(0));
+        guest.madvise(40, 4096);
+        support::event_applied(&pager);
+        assert_eq!(guest.read(40), Content::Zero);
+    }
+}
+
+/// Fails when `serve` copies without asking again what the page needs (tried: it then reads as
+/// the source's).
+#[test]
+fn a_page_discarded_while_its_content_is_fetched_is_zero() {
+    everywhere(|memory, tracking| {
+        let guest = Guest::new(memory, 64);
+        let source = source(64);
+        let pager = guest.pager(&source, tracking, |_| {});
+        source.open_gate(false);
+        std::thread::scope(|scope| {
+            let toucher = scope.spawn(|| guest.read(33));
+            until("the source is asked", || {
+                source.reads.load(Ordering::SeqCst) == 1
+            });
+            guest.discard(&pager, 32, 4);
+            source.open_gate(true);
+            assert_eq!(toucher.join().unwrap(), Content::Zero);
+        });
+        assert_eq!(guest.read(34), Content::Zero);
+        assert_eq!(guest.read(40), Content::Generation(0));
+    });
+}
+
+#[test]
+fn a_discard_does_not_wait_for_a_source_that_hangs() {
+    everywhere(|memory, tracking| {
+        let guest = Guest::new(memory, 64);
+        let source = source(64);
+        let pager = guest.pager(&source, tracking, |_| {});
+        source.open_gate(false);
+        std::thread::scope(|scope| {
+            let toucher = scope.spawn(|| guest.read(1));
+            until("the source is asked", || {
+                source.reads.load(Ordering::SeqCst) == 1
+            });
+            // Comes back although the only worker hangs; so does a fault that needs no storage.
+            guest.discard(&pager, 30, 10);
+            assert_eq!(guest.read(31), Content::Zero);
+            let waiting = pager.settle(Duration::from_millis(20));
+            assert!(matches!(
+                waiting,
+                Err(PagerError::SettleTimeout { faults: 1, .. })
+            ));
+            source.open_gate(true);
+            assert_eq!(toucher.join().unwrap(), Content::Generation(0));
+        });
+        pager.settle(DEADLINE).unwrap();
+    });
+}
+
+#[test]
+fn prefetched_pages_do_not_fault_and_zeros_are_not_read() {
+    everywhere(|memory, tracking| {
+        let guest = Guest::new(memory, 2048);
+        let mut plan = TestSource::new(2048);
+        plan.zero_pages = (1000..1500).collect();
+        let source = Arc::new(plan);
+        let pager = guest.pager(&source, tracking, |config| {
+            config.prefetch = vec![PageRun::new(900, 700), PageRun::new(2000, 1_000_000)];
+        });
+        until("prefetched", || pager.prefetch_done());
+        let reads = source.reads.load(Ordering::SeqCst);
+        assert!(reads <= 4, "{reads} reads");
+        for page in (900..1600).chain(2000..2048) {
+            let zero = (1000..1500).contains(&page);
+            let expected = if zero {
+                Content::Zero
+            } else {
+                Content::Generation(0)
+            };
+            assert_eq!(guest.read(page), expected, "page {page}");
+        }
+        let stats = pager.stats();
+        assert_eq!((stats.faults, stats.pages_prefetched), (0, 748));
+    });
+}
+
+#[test]
+fn a_prefetch_leaves_alone_what_is_there_and_what_was_given_back() {
+    everywhere(|memory, tracking| {
+        let guest = Guest::new(memory, 256);
+        let pager = guest.pager(&source(256), tracking, |_| {});
+        guest.write(70, 3);
+        until("the neighbours are in", || pager.stats().pages_copied == 16);
+        guest.discard(&pager, 100, 20);
+        pager.prefetch(&[PageRun::new(0, 256)]).unwrap();
+        until("prefetched", || pager.prefetch_done());
+        let stats = pager.stats();
+        for page in 0..256 {
+            let expected = match page {
+                70 => Content::Generation(3),
+                100..120 => Content::Zero,
+                _ => Content::Generation(0),
+            };
+            assert_eq!(guest.read(page), expected, "page {page}");
+        }
+        assert_eq!(stats.pages_prefetched, 256 - 16 - 20);
+    });
+}
+
+#[test]
+fn the_working_set_of_one_resume_saves_the_next_one_its_faults() {
+    let touched = [3_u64, 4, 40, 90, 91, 200, 1000];
+    let guest = Guest::new(Memory::SharedMemfd, 1024);
+    let pager = guest.pager(&source(1024), WriteTracking::Async, |_| {});
+    touched.into_iter().for_each(|page| _ = guest.read(page));
+    let _ = guest.read(500);
+    guest.discard(&pager, 496, 16);
+    let first = pager.working_set();
+    assert!(
+        !first
+            .iter()
+            .any(|run| (run.first_page..run.end_page()).contains(&500))
+    );
+
+    let next = Guest::new(Memory::SharedMemfd, 1024);
+    let next_pager = next.pager(&source(1024), WriteTracking::Async, |config| {
+        config.prefetch.clone_from(&first);
+    });
+    until("prefetched", || next_pager.prefetch_done());
+    touched.into_iter().for_each(|page| _ = next.read(page));
+    assert_eq!(next_pager.stats().faults, 0);
+    assert_eq!(next_pager.working_set(), first, "it does not wear off");
+}
+
+#[test]
+fn a_source_that_fails_for_a_moment_is_asked_again() {
+    everywhere(|memory, tracking| {
+        let guest = Guest::new(memory, 64);
+        let source = source(64);
+        let pager = guest.pager(&source, tracking, |_| {});
+        source.fail_reads.store(2, Ordering::SeqCst);
+        assert_eq!(guest.read(7), Content::Generation(0));
+        assert!(pager.failure().get().is_none());
+        assert_eq!(pager.stats().source_retries, 2);
+    });
+}
+
+#[test]
+fn a_prefetch_that_fails_is_dropped_and_the_guest_goes_on() {
+    let guest = Guest::new(Memory::SharedMemfd, 64);
+    let source = source(64);
+    source.failing.store(true, Ordering::SeqCst);
+    let pager = guest.pager(&source, WriteTracking::Async, |config| {
+        config.prefetch = vec![PageRun::new(0, 32), PageRun::new(40, 8)];
+    });
+    until("dropped", || pager.prefetch_done());
+    source.failing.store(false, Ordering::SeqCst);
+    assert!(pager.failure().get().is_none());
+    assert_eq!(guest.read(41), Content::Generation(0));
+}
+
+#[test]
+fn a_thread_that_waits_too_long_is_named() {
+    let guest = Guest::new(Memory::Anonymous, 64);
+    let source = source(64);
+    let pager = guest.pager(&source, WriteTracking::Async, |_| {});
+    source.open_gate(false);
+    std::thread::scope(|scope| {
+        let toucher = scope.spawn(|| guest.read(1));
+        until("named", || pager.stats().slow_faults == 1);
+        source.open_gate(true);
+        assert_eq!(toucher.join().unwrap(), Content::Generation(0));
+    });
+    assert!(pager.stats().max_us >= 1_000_000);
+}
+
+#[test]
+fn a_pager_stops_while_faults_are_in_flight() {
+    // The only copy of the descriptor goes with the pager: the kernel then lets the threads go,
+    // and they find an ordinary empty mapping.
+    everywhere(|memory, tracking| {
+        let guest = Guest::new(memory, 256);
+        let mut plan = TestSource::new(256);
+        plan.delay = Duration::from_millis(2);
+        let pager = guest.pager(&Arc::new(plan), tracking, |config| {
+            config.prefetch = vec![PageRun::new(0, 256)];
+        });
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let guest = &guest;
+                scope.spawn(move || (0..64).for_each(|page| _ = guest.read(thread * 64 + page)));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+            pager.shutdown().unwrap();
+        });
+    });
+}
+
+#[test]
+fn an_idle_pager_uses_no_processor_time() {
+    let guest = Guest::new(Memory::SharedMemfd, 64);
+    let pager = guest.pager(&source(64), WriteTracking::Async, |_| {});
+    let _ = guest.read(1);
+    until("rest", || pager.stats().faults_waiting == 0);
+    let switches = || -> u64 {
+        let mut total = 0;
+        for task in std::fs::read_dir("/proc/self/task").unwrap() {
+            let path = task.unwrap().path();
+            let Ok(name) = std::fs::read_to_string(path.join("comm")) else {
+                continue;
+            };
+            let Ok(status) = std::fs::read_to_string(path.join("status")) else {
+                continue;
+            };
+            if name.starts_with("pager-") && status.contains("State:\tS") {
+                total += status
+                    .lines()
+                    .filter_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))
+                    .map(|count| count.trim().parse::<u64>().unwrap())
+                    .sum::<u64>();
+            }
+        }
+        total
+    };
+    // Other tests' pagers run in this process as well: look for one quiet moment.
+    until("no pager thread wakes up for a fifth of a second", || {
+        let before = switches();
+        std::thread::sleep(Duration::from_millis(200));
+        before == switches()
+    });
+}
+
+#[test]
+fn a_failure_is_told_to_whoever_waits_and_keeps_its_cause() {
+    // A thread that waits for the lost page hangs until its process is killed, so this memory is
+    // only touched by a prefetch; the fault's own failure is shown with a process of its own.
+    let guest = Guest::new(Memory::Anonymous, 8);
+    let pager = guest.pager(&source(8), WriteTracking::Off, |_| {});
+    let signal = pager.failure();
+    assert!(signal.wait(Duration::from_millis(1)).is_none());
+    let failure = PagerFailure::Source {
+        page: 7,
+        attempts: 4,
+        source: Arc::new(std::io::Error::other("the disk is on fire")),
+    };
+    assert_eq!(
+        failure.to_string(),
+        "guest page 7 could not be read in 4 attempts: the disk is on fire"
+    );
+}
