@@ -204,7 +204,7 @@ impl Service {
                 Ok(pages)
             }
             Ok(Filled::Exists) => {
-                state.machine.installed(run.first_page, reason);
+                state.machine.found(run.first_page, reason);
                 if let Err(error) = self.kernel.wake(run.first_page) {
                     self.fail_kernel("wake a thread", run.first_page, error);
                 }

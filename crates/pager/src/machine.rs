@@ -92,6 +92,43 @@ struct Waiting {
     reported: bool,
 }
 
+/// What a guest's memory has become since the resume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirtyPages {
+    /// Pages that the guest wrote: their content must be looked at. None is missing; a page may
+    /// be named that holds what it held before.
+    pub written: PageSet,
+    /// Pages that the guest gave back and did not write since: they are zero, present or not.
+    pub removed: PageSet,
+}
+
+impl DirtyPages {
+    /// Puts together what is known here (`known_written`, `removed`), what the kernel saw being
+    /// written (`scanned`) and what it holds (`there`). A page that was marked written and is not
+    /// there was dropped by a discard that was under way when it was installed.
+    pub(crate) fn resolve(
+        known_written: &PageSet,
+        mut removed: PageSet,
+        scanned: &PageSet,
+        there: &PageSet,
+    ) -> Self {
+        let mut written = scanned.clone();
+        let pages = |set: &PageSet| -> Vec<u64> {
+            set.runs()
+                .flat_map(|run| run.first_page..run.end_page())
+                .collect()
+        };
+        pages(known_written)
+            .into_iter()
+            .filter(|page| there.contains(*page))
+            .for_each(|page| written.insert(page));
+        pages(&written)
+            .into_iter()
+            .for_each(|page| removed.remove(page));
+        Self { written, removed }
+    }
+}
+
 /// More faults wait than [`FAULTS_MAX`].
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct TooManyFaults;
@@ -219,8 +256,15 @@ impl Machine {
         PageRun::new(first_page, end_page.saturating_sub(first_page))
     }
 
-    /// A page is there now (installed, or found there).
+    /// The page was absent and has just been installed. Whatever was written to it before is gone
+    /// with it: a discard that was under way when it was installed the last time dropped it.
     pub(crate) fn installed(&mut self, page: u64, reason: Reason) {
+        self.clear(page, WRITTEN);
+        self.found(page, reason);
+    }
+
+    /// The page turned out to be there.
+    pub(crate) fn found(&mut self, page: u64, reason: Reason) {
         self.set(page, PRESENT);
         if reason != Reason::Fault {
             self.set(page, BROUGHT_IN);

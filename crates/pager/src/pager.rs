@@ -18,7 +18,7 @@ use crate::bulk::READ_PAGES_MAX;
 use crate::error::PagerError;
 use crate::failure::FailureSignal;
 use crate::kernel::{Backing, HostKernel, Regions, memfd_runs};
-use crate::machine::Machine;
+use crate::machine::{DirtyPages, Machine};
 use crate::page_set::{PAGE_SIZE_U64, PageRun, PageSet};
 use crate::pagemap::Pagemap;
 use crate::service::Service;
@@ -106,16 +106,6 @@ impl std::fmt::Debug for PagerConfig {
             .field("prefetch_runs", &self.prefetch.len())
             .finish_non_exhaustive()
     }
-}
-
-/// What a guest's memory has become since the resume.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DirtyPages {
-    /// Pages that the guest wrote: their content must be looked at. None is missing; a page may
-    /// be named that holds what it held before.
-    pub written: PageSet,
-    /// Pages that the guest gave back and did not write since: they are zero, present or not.
-    pub removed: PageSet,
 }
 
 /// A running pager.
@@ -328,30 +318,24 @@ impl Pager {
         if !self.tracking.protects() {
             return Err(PagerError::NotTracked);
         }
-        let (known, mut removed) = {
+        let (known_written, removed) = {
             let state = self.service.lock();
             (
                 state.machine.known_written(),
                 state.machine.removed_since_resume(),
             )
         };
-        // A page that was marked written and is not there was dropped by a discard that was
-        // under way when it was installed.
         let there = self.pages_there()?;
-        let mut written = PageSet::with_capacity_pages(self.span_pages);
-        known
-            .runs()
-            .for_each(|run| insert_common(&mut written, run, &there));
+        let mut scanned = PageSet::with_capacity_pages(self.span_pages);
         if self.tracking == WriteTracking::Async {
-            self.add_scanned(&mut written, &there)?;
+            self.add_scanned(&mut scanned, &there)?;
         }
-        written
-            .runs()
-            .flat_map(|run| run.first_page..run.end_page())
-            .for_each(|page| {
-                removed.remove(page);
-            });
-        Ok(DirtyPages { written, removed })
+        Ok(DirtyPages::resolve(
+            &known_written,
+            removed,
+            &scanned,
+            &there,
+        ))
     }
 
     /// Pages that the kernel holds, in memory or swapped out.

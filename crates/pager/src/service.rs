@@ -259,7 +259,7 @@ impl Service {
         }
         match self.kernel.unprotect(page) {
             Ok(Filled::Bytes(_) | Filled::Exists) => {
-                state.machine.installed(page, Reason::Fault);
+                state.machine.found(page, Reason::Fault);
                 state.machine.written(page);
                 state.counters.stats.write_faults += 1;
                 self.finish(state, page);
@@ -306,7 +306,7 @@ impl Service {
                 true
             }
             Ok(Filled::Exists) => {
-                state.machine.installed(page, Reason::Fault);
+                state.machine.found(page, Reason::Fault);
                 self.wake_and_finish(state, page);
                 true
             }
