@@ -1,5 +1,5 @@
 //! Images made of layers read as if they had been stored whole.
-#![allow(missing_docs, reason = "test code")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "test code")]
 
 mod common;
 

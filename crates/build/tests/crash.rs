@@ -4,7 +4,7 @@
 //! SIGKILL at the fail point. What survives a power cut is more than that can show, so a third
 //! test pins the order of the steps. Fail points are the process's: every test holds the scenario,
 //! so that they run one after another.
-#![allow(missing_docs, reason = "test code")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "test code")]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! Whatever happens to a build's files, reading gives the right bytes or an error.
-#![allow(missing_docs, reason = "test code")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "test code")]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! Builds, templates and sandboxes in a storage that several use at once.
-#![allow(missing_docs, reason = "test code")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "test code")]
 
 mod common;
 
@@ -375,7 +375,10 @@ fn a_sandbox_id_has_one_owner_and_its_directory_goes_with_it() {
         storage.run_dir(&id),
         Err(Error::SandboxBusy { .. })
     ));
-    assert_eq!(storage.running_sandboxes().unwrap(), [id.clone()]);
+    assert_eq!(
+        storage.running_sandboxes().unwrap(),
+        std::slice::from_ref(&id)
+    );
     assert_eq!(storage.sweep().unwrap(), Default::default());
     drop(run);
     assert!(names_in(&storage, "run").is_empty());

@@ -1,6 +1,11 @@
 //! What the tests share.
 #![allow(dead_code, reason = "each test binary uses another part")]
-#![allow(missing_docs, unreachable_pub, reason = "test code")]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::unwrap_used,
+    reason = "test code"
+)]
 
 use std::path::Path;
 use std::sync::Arc;
