@@ -283,3 +283,71 @@ pub(crate) fn memfd_runs(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(host_page: u64, pages: u64, guest_page: u64) -> Region {
+        Region {
+            host_addr: host_page * PAGE_SIZE_U64,
+            len_bytes: pages * PAGE_SIZE_U64,
+            guest_offset_bytes: guest_page * PAGE_SIZE_U64,
+            page_size: 4096,
+        }
+    }
+
+    fn events(regions: &Regions, event: RawEvent) -> Vec<Event> {
+        let mut events = Vec::new();
+        regions.translate(event, &mut |event| events.push(event));
+        events
+    }
+
+    #[test]
+    fn regions_may_lie_in_any_order_and_leave_holes() {
+        // Guest pages 0-9 at host page 500, 20-29 at 490: next to each other, the other way round.
+        let regions = Regions::new(vec![region(500, 10, 0), region(490, 10, 20)]).unwrap();
+        assert_eq!(regions.span_pages(), 30);
+        assert_eq!(regions.around(9), Some(PageRun::new(0, 10)));
+        assert_eq!(regions.around(10), None);
+        assert_eq!(regions.host_addr(21), Some(491 * PAGE_SIZE_U64));
+        assert_eq!(regions.host_addr(30), None);
+        let fault = |host_addr| RawEvent::Fault {
+            host_addr,
+            write: true,
+            protected: false,
+        };
+        let page = |page| Event::Fault {
+            page,
+            write: true,
+            protected: false,
+        };
+        assert_eq!(events(&regions, fault(501 * PAGE_SIZE_U64 + 8)), [page(1)]);
+        assert_eq!(events(&regions, fault(490 * PAGE_SIZE_U64)), [page(20)]);
+        let stray = 510 * PAGE_SIZE_U64;
+        assert_eq!(
+            events(&regions, fault(stray)),
+            [Event::Stray { host_addr: stray }]
+        );
+    }
+
+    #[test]
+    fn a_discard_across_regions_is_one_for_each() {
+        let regions = Regions::new(vec![region(500, 10, 0), region(490, 10, 20)]).unwrap();
+        let start = 488 * PAGE_SIZE_U64;
+        let end = 502 * PAGE_SIZE_U64;
+        let parts = events(&regions, RawEvent::Remove { start, end });
+        let part = |first: u64, end: u64| Event::Remove {
+            start_byte: first * PAGE_SIZE_U64,
+            end_byte: end * PAGE_SIZE_U64,
+        };
+        assert_eq!(parts, [part(0, 2), part(20, 30)]);
+    }
+
+    #[test]
+    fn overlapping_regions_are_refused() {
+        assert!(Regions::new(vec![region(500, 10, 0), region(505, 10, 20)]).is_err());
+        assert!(Regions::new(vec![region(500, 10, 0), region(600, 10, 9)]).is_err());
+        assert!(Regions::new(Vec::new()).is_err());
+    }
+}

@@ -406,3 +406,79 @@ impl Stage {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// As the kernel does on pages larger than ours: it drops what is wholly covered and
+        /// zeroes the rest in place.
+        #[test]
+        fn a_discard_of_any_alignment_removes_whole_pages_and_dirties_the_parts(
+            start_byte in 0_u64..40_000,
+            len_bytes in 0_u64..20_000,
+        ) {
+            let end_byte = start_byte + len_bytes;
+            let mut machine = Machine::new(8);
+            let whole = machine.remove(start_byte, end_byte);
+            let (written, removed) = (machine.known_written(), machine.removed_since_resume());
+            for page in 0..8 {
+                let (from, to) = (page * PAGE_SIZE_U64, (page + 1) * PAGE_SIZE_U64);
+                let covered = end_byte.min(to).saturating_sub(start_byte.max(from));
+                prop_assert_eq!(removed.contains(page), covered == PAGE_SIZE_U64);
+                prop_assert_eq!(written.contains(page), covered > 0 && covered < PAGE_SIZE_U64);
+                let named = (whole.first_page..whole.end_page()).contains(&page);
+                prop_assert_eq!(named, covered == PAGE_SIZE_U64);
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_waits_once_however_many_threads_wait_for_it() {
+        let now = Instant::now();
+        let mut machine = Machine::new(8);
+        for _ in 0..100 {
+            machine.fault(3, FaultKind::Read, now).unwrap();
+        }
+        assert_eq!(machine.take_fresh(), [3]);
+        machine.enqueue(3);
+        machine.fault(3, FaultKind::Write, now).unwrap();
+        assert_eq!((machine.dequeue(), machine.dequeue()), (Some(3), None));
+        assert_eq!(machine.finish(3), Some(now));
+        assert_eq!(machine.waiting(), (0, 0));
+    }
+
+    #[test]
+    fn the_faults_that_wait_are_bounded() {
+        let now = Instant::now();
+        let mut machine = Machine::new(FAULTS_MAX as u64 + 1);
+        for page in 0..FAULTS_MAX as u64 {
+            machine.fault(page, FaultKind::Read, now).unwrap();
+        }
+        let one_more = machine.fault(FAULTS_MAX as u64, FaultKind::Read, now);
+        assert_eq!(one_more, Err(TooManyFaults));
+    }
+
+    #[test]
+    fn an_overdue_fault_is_named_once_with_where_it_stands() {
+        let now = Instant::now();
+        let limit = std::time::Duration::from_secs(1);
+        let mut machine = Machine::new(8);
+        machine.fault(3, FaultKind::Read, now).unwrap();
+        machine.enqueue(3);
+        assert!(machine.overdue(now, limit).is_empty());
+        let later = now + limit;
+        let found = machine.overdue(later, limit);
+        assert_eq!(
+            found,
+            [Overdue {
+                page: 3,
+                age: limit,
+                stage: "waiting for the page source"
+            }]
+        );
+        assert!(machine.overdue(later, limit).is_empty());
+    }
+}

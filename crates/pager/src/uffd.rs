@@ -520,3 +520,122 @@ fn ioctl<T>(fd: &OwnedFd, request: libc::c_ulong, arg: &mut T) -> io::Result<()>
         Err(io::Error::last_os_error())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use linux_raw_sys::{general, ioctl};
+
+    /// A second opinion on every number in this module.
+    #[test]
+    fn numbers_and_layouts_are_those_of_the_kernels_headers() {
+        let ours = [
+            UFFDIO_API,
+            UFFDIO_REGISTER,
+            UFFDIO_WAKE,
+            UFFDIO_COPY,
+            UFFDIO_ZEROPAGE,
+            UFFDIO_WRITEPROTECT,
+        ];
+        let theirs = [
+            ioctl::UFFDIO_API,
+            ioctl::UFFDIO_REGISTER,
+            ioctl::UFFDIO_WAKE,
+            ioctl::UFFDIO_COPY,
+            ioctl::UFFDIO_ZEROPAGE,
+            ioctl::UFFDIO_WRITEPROTECT,
+        ];
+        assert_eq!(ours, theirs.map(libc::c_ulong::from));
+        let ours = [
+            FEATURE_PAGEFAULT_FLAG_WP,
+            FEATURE_EVENT_REMOVE,
+            FEATURE_MISSING_SHMEM,
+            FEATURE_WP_HUGETLBFS_SHMEM,
+            FEATURE_WP_UNPOPULATED,
+            FEATURE_WP_ASYNC,
+            PAGEFAULT_FLAG_WRITE,
+            PAGEFAULT_FLAG_WP,
+            COPY_MODE_WP,
+            REGISTER_MODE_MISSING,
+            REGISTER_MODE_WP,
+            u64::from(EVENT_PAGEFAULT),
+            u64::from(EVENT_REMOVE),
+        ];
+        let theirs = [
+            general::UFFD_FEATURE_PAGEFAULT_FLAG_WP,
+            general::UFFD_FEATURE_EVENT_REMOVE,
+            general::UFFD_FEATURE_MISSING_SHMEM,
+            general::UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+            general::UFFD_FEATURE_WP_UNPOPULATED,
+            general::UFFD_FEATURE_WP_ASYNC,
+            general::UFFD_PAGEFAULT_FLAG_WRITE,
+            general::UFFD_PAGEFAULT_FLAG_WP,
+            general::UFFDIO_COPY_MODE_WP,
+            general::UFFDIO_REGISTER_MODE_MISSING,
+            general::UFFDIO_REGISTER_MODE_WP,
+            general::UFFD_EVENT_PAGEFAULT,
+            general::UFFD_EVENT_REMOVE,
+        ];
+        assert_eq!(ours, theirs.map(u64::from));
+        assert_eq!(size_of::<UffdMsg>(), size_of::<general::uffd_msg>());
+        assert_eq!(size_of::<UffdioCopy>(), size_of::<general::uffdio_copy>());
+        assert_eq!(
+            size_of::<UffdioZeropage>(),
+            size_of::<general::uffdio_zeropage>()
+        );
+        assert_eq!(
+            size_of::<UffdioWriteprotect>(),
+            size_of::<general::uffdio_writeprotect>()
+        );
+    }
+
+    #[test]
+    fn a_short_count_is_progress_and_a_negative_one_is_not() {
+        let failed = |errno| io::Error::from_raw_os_error(errno);
+        let sorted = |errno, done| Filled::from_failure(failed(errno), done).ok();
+        assert_eq!(sorted(libc::EAGAIN, 8192), Some(Filled::Bytes(8192)));
+        assert_eq!(sorted(libc::EAGAIN, 0), Some(Filled::Again));
+        assert_eq!(
+            sorted(libc::EAGAIN, -i64::from(libc::EAGAIN)),
+            Some(Filled::Again)
+        );
+        assert_eq!(
+            sorted(libc::EEXIST, -i64::from(libc::EEXIST)),
+            Some(Filled::Exists)
+        );
+        assert_eq!(sorted(libc::ESRCH, 0), Some(Filled::Gone));
+        assert_eq!(sorted(libc::ENOENT, 0), None);
+    }
+
+    #[test]
+    fn a_descriptor_is_negotiated_once() {
+        let uffd = Uffd::create().unwrap();
+        let tracking = WriteTracking::best_of_host().unwrap();
+        uffd.negotiate(tracking).unwrap();
+        let again = uffd.negotiate(tracking).unwrap_err().to_string();
+        assert!(again.contains("can be negotiated only once"), "{again}");
+    }
+
+    #[test]
+    fn a_region_that_cannot_be_served_is_refused_with_its_reason() {
+        let region = |host_addr, len_bytes, page_size| Region {
+            host_addr,
+            len_bytes,
+            guest_offset_bytes: 0,
+            page_size,
+        };
+        assert!(region(4096, 8192, 4096).check().is_ok());
+        for (bad, why) in [
+            (region(4096, 8192, 2 << 20), "huge pages"),
+            (region(4097, 8192, 4096), "whole pages"),
+            (region(4096, 0, 4096), "not zero"),
+            (
+                region(u64::MAX - 4095, 8192, 4096),
+                "beyond the address space",
+            ),
+        ] {
+            let error = bad.check().unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
+    }
+}
