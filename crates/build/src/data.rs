@@ -367,3 +367,90 @@ impl Trailer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const KIND: ImageKind = ImageKind::Memory;
+
+    /// A file of 40 pages that compress, and where its table begins.
+    fn data_file(build: &BuildId) -> (Vec<u8>, usize) {
+        let mut file = encode_header(build, KIND).to_vec();
+        let pages: Vec<u8> = (0..40_u8).flat_map(|n| vec![n + 1; PAGE_SIZE]).collect();
+        let mut records = Vec::new();
+        for raw in pages.chunks(FRAME_BYTES) {
+            let mut stored = Vec::new();
+            records.push(encode_frame(raw, &mut stored));
+            file.extend_from_slice(&stored);
+        }
+        let table_offset = file.len();
+        file.extend_from_slice(&encode_footer(&records, 40, table_offset as u64));
+        (file, table_offset)
+    }
+
+    /// Makes the checksums right, as a forger would, wherever the file still allows it.
+    fn sign(file: &mut [u8], table_offset: usize) {
+        let mut frame_at = HEADER_BYTES;
+        for frame in 0..3 {
+            let record = table_offset + frame * FRAME_RECORD_BYTES;
+            let stored = u32::from_le_bytes(*file[record..].first_chunk().unwrap());
+            let frame_end = frame_at + (stored & !NOT_COMPRESSED) as usize;
+            if let Some(bytes) = file.get(frame_at..frame_end) {
+                let checksum = xxh3_64(bytes);
+                file[record + 4..record + 12].copy_from_slice(&checksum.to_le_bytes());
+            }
+            frame_at = frame_end.min(file.len());
+        }
+        let trailer_at = file.len() - TRAILER_BYTES;
+        let table_checksum = xxh3_64(&file[table_offset..trailer_at]);
+        file[trailer_at + 32..trailer_at + 40].copy_from_slice(&table_checksum.to_le_bytes());
+        let trailer_checksum = xxh3_64(&file[trailer_at..trailer_at + 40]);
+        file[trailer_at + 40..].copy_from_slice(&trailer_checksum.to_le_bytes());
+    }
+
+    fn read_all(file: &[u8], build: &BuildId) -> Result<u64> {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(path.path(), file).unwrap();
+        let data = DataFile::open(path.path(), build, KIND)?;
+        let (mut stored, mut pages) = (Vec::new(), Vec::new());
+        for frame in 0..data.frame_count() {
+            pages.resize(data.frame_len(frame), 0);
+            data.read_frame(frame, &mut stored, &mut pages)?;
+        }
+        Ok(data.len_pages())
+    }
+
+    #[test]
+    fn a_file_is_read_back() {
+        let build = BuildId::random();
+        let (mut file, table_offset) = data_file(&build);
+        assert_eq!(read_all(&file, &build).unwrap(), 40);
+        let before = file.clone();
+        sign(&mut file, table_offset);
+        assert_eq!(file, before);
+    }
+
+    proptest! {
+        /// Frames, table and trailer are forged, with checksums that are right: nothing panics,
+        /// reads past the end or takes memory that the file does not justify.
+        #[test]
+        fn a_forged_file_is_refused_or_read(
+            forgeries in vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        ) {
+            let build = BuildId::random();
+            let (mut file, table_offset) = data_file(&build);
+            for (position, value) in forgeries {
+                let position = HEADER_BYTES + position.index(file.len() - HEADER_BYTES);
+                file[position] = value;
+            }
+            sign(&mut file, table_offset);
+            if let Ok(pages) = read_all(&file, &build) {
+                prop_assert!(pages <= 48);
+            }
+        }
+    }
+}

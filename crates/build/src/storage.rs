@@ -132,8 +132,8 @@ impl Storage {
                 id,
                 manifest: self.read_manifest(&id),
             })
-            // Deleted meanwhile.
-            .filter(|b| !b.manifest.as_ref().is_err_and(Error::is_not_found))
+            // Deleted meanwhile; a build that has lost its manifest is still listed.
+            .filter(|b| b.manifest.is_ok() || self.build_path(&b.id).exists())
             .collect();
         let created = |b: &ListedBuild| b.manifest.as_ref().map_or(u64::MAX, |m| m.created_unix_ms);
         builds.sort_by_key(|b| (created(b), b.id));

@@ -308,7 +308,10 @@ impl LayerWriter {
         match parent.read_pages(first_page, &mut self.parent_pages) {
             Ok(()) => true,
             Err(error) => {
-                tracing::warn!(first_page, %error, "the parent's pages cannot be compared");
+                // Once: a parent that has lost a file would fill the log.
+                if self.summary.parent_unreadable_pages == 0 {
+                    tracing::warn!(first_page, %error, "the parent's pages cannot be compared");
+                }
                 self.summary.parent_unreadable_pages += (bytes / PAGE_SIZE) as u64;
                 false
             }
