@@ -259,14 +259,14 @@ impl Kernel for HostKernel {
     }
 }
 
-/// Every run of pages that a memfd holds (in memory or swapped out).
+/// Every run of pages inside `among` that a memfd holds (in memory or swapped out).
 pub(crate) fn memfd_runs(
     memfd: BorrowedFd<'_>,
-    span_pages: u64,
+    among: PageRun,
     sink: &mut dyn FnMut(PageRun),
 ) -> io::Result<()> {
-    let end_byte = span_pages * PAGE_SIZE_U64;
-    let mut byte = 0;
+    let end_byte = among.end_page() * PAGE_SIZE_U64;
+    let mut byte = among.first_page * PAGE_SIZE_U64;
     while byte < end_byte {
         let data = match rustix::fs::seek(memfd, SeekFrom::Data(byte)) {
             Ok(data) if data < end_byte => data,
@@ -275,10 +275,8 @@ pub(crate) fn memfd_runs(
         };
         let hole = rustix::fs::seek(memfd, SeekFrom::Hole(data))?.min(end_byte);
         let first_page = data / PAGE_SIZE_U64;
-        sink(PageRun::new(
-            first_page,
-            hole.div_ceil(PAGE_SIZE_U64) - first_page,
-        ));
+        let end_page = hole.div_ceil(PAGE_SIZE_U64);
+        sink(PageRun::new(first_page, end_page - first_page));
         byte = hole.max(data + 1);
     }
     Ok(())

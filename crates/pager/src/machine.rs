@@ -112,19 +112,10 @@ impl DirtyPages {
         scanned: &PageSet,
         there: &PageSet,
     ) -> Self {
-        let mut written = scanned.clone();
-        let pages = |set: &PageSet| -> Vec<u64> {
-            set.runs()
-                .flat_map(|run| run.first_page..run.end_page())
-                .collect()
-        };
-        pages(known_written)
-            .into_iter()
-            .filter(|page| there.contains(*page))
-            .for_each(|page| written.insert(page));
-        pages(&written)
-            .into_iter()
-            .for_each(|page| removed.remove(page));
+        let mut written = known_written.clone();
+        written.intersect(there);
+        written.unite(scanned);
+        removed.subtract(&written);
         Self { written, removed }
     }
 }

@@ -106,6 +106,28 @@ impl PageSet {
         }
     }
 
+    fn combine(&mut self, other: &Self, combined: impl Fn(u64, u64) -> u64) {
+        debug_assert_eq!(self.pages, other.pages, "sets of one guest");
+        for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
+            *mine = combined(*mine, *theirs);
+        }
+    }
+
+    /// Adds what another set of the same guest holds.
+    pub(crate) fn unite(&mut self, other: &Self) {
+        self.combine(other, |mine, theirs| mine | theirs);
+    }
+
+    /// Keeps what another set of the same guest holds as well.
+    pub(crate) fn intersect(&mut self, other: &Self) {
+        self.combine(other, |mine, theirs| mine & theirs);
+    }
+
+    /// Takes out what another set of the same guest holds.
+    pub(crate) fn subtract(&mut self, other: &Self) {
+        self.combine(other, |mine, theirs| mine & !theirs);
+    }
+
     /// Whether the set holds this page.
     #[must_use]
     pub fn contains(&self, page: u64) -> bool {

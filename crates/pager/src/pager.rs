@@ -325,11 +325,13 @@ impl Pager {
                 state.machine.removed_since_resume(),
             )
         };
-        let there = self.pages_there()?;
-        let mut scanned = PageSet::with_capacity_pages(self.span_pages);
-        if self.tracking == WriteTracking::Async {
-            self.add_scanned(&mut scanned, &there)?;
-        }
+        let (mut scanned, unmapped) = self.scan()?;
+        let mut in_doubt = known_written.clone();
+        in_doubt.unite(&unmapped);
+        let there = self.there_among(&in_doubt)?;
+        let mut unmapped_there = unmapped;
+        unmapped_there.intersect(&there);
+        scanned.unite(&unmapped_there);
         Ok(DirtyPages::resolve(
             &known_written,
             removed,
@@ -338,48 +340,55 @@ impl Pager {
         ))
     }
 
-    /// Pages that the kernel holds, in memory or swapped out.
-    fn pages_there(&self) -> Result<PageSet, PagerError> {
-        let mut there = PageSet::with_capacity_pages(self.span_pages);
-        if let Some(memfd) = &self.memfd {
-            memfd_runs(memfd.as_fd(), self.span_pages, &mut |run| {
-                there.insert_run(run)
-            })
-            .map_err(host("find the guest memory's pages"))?;
-        } else if let Some(pagemap) = &self.pagemap {
-            for region in &self.regions {
-                let mut add = |start, end| there.insert_run(guest_run(region, start, end));
+    /// What the kernel saw being written: pages that it has mapped, and (shared memory only) pages
+    /// without a trace of protection that it has not mapped. Those of the latter that are in the
+    /// memfd were written and then reclaimed or swapped out.
+    fn scan(&self) -> Result<(PageSet, PageSet), PagerError> {
+        let mut written = PageSet::with_capacity_pages(self.span_pages);
+        let mut unmapped = PageSet::with_capacity_pages(self.span_pages);
+        let Some(pagemap) = self
+            .pagemap
+            .as_ref()
+            .filter(|_| self.tracking == WriteTracking::Async)
+        else {
+            return Ok((written, unmapped));
+        };
+        let scan_step = "scan the VMM's page table (PAGEMAP_SCAN)";
+        for region in &self.regions {
+            let (start, end) = (region.host_addr, region.host_end());
+            let mut add = |from, to| written.insert_run(guest_run(region, from, to));
+            pagemap
+                .written_there(start, end, &mut add)
+                .map_err(host(scan_step))?;
+            if self.memfd.is_some() {
+                let mut add = |from, to| unmapped.insert_run(guest_run(region, from, to));
                 pagemap
-                    .there(region.host_addr, region.host_end(), &mut add)
-                    .map_err(host("read the VMM's pagemap"))?;
+                    .unprotected(start, end, &mut add)
+                    .map_err(host(scan_step))?;
+            }
+        }
+        unmapped.subtract(&written);
+        Ok((written, unmapped))
+    }
+
+    /// Those of some pages that the kernel holds, in memory or swapped out.
+    fn there_among(&self, pages: &PageSet) -> Result<PageSet, PagerError> {
+        let mut there = PageSet::with_capacity_pages(self.span_pages);
+        for region in &self.regions {
+            for (start, end) in runs_in(pages, region) {
+                if let Some(memfd) = &self.memfd {
+                    let among = guest_run(region, start, end);
+                    memfd_runs(memfd.as_fd(), among, &mut |run| there.insert_run(run))
+                        .map_err(host("find the guest memory's pages"))?;
+                } else if let Some(pagemap) = &self.pagemap {
+                    let mut add = |from, to| there.insert_run(guest_run(region, from, to));
+                    pagemap
+                        .there(start, end, &mut add)
+                        .map_err(host("read the VMM's pagemap"))?;
+                }
             }
         }
         Ok(there)
-    }
-
-    /// Adds what the kernel saw being written.
-    ///
-    /// On shared memory a written page can be missing from the page table (reclaimed, or swapped
-    /// out) and still be in the memfd. So there everything counts that lost its protection and is
-    /// in the memfd.
-    fn add_scanned(&self, written: &mut PageSet, there: &PageSet) -> Result<(), PagerError> {
-        let Some(pagemap) = &self.pagemap else {
-            return Ok(());
-        };
-        for region in &self.regions {
-            let (start, end) = (region.host_addr, region.host_end());
-            let scanned = if self.memfd.is_some() {
-                pagemap.unprotected(start, end, &mut |from, to| {
-                    insert_common(written, guest_run(region, from, to), there);
-                })
-            } else {
-                pagemap.written_there(start, end, &mut |from, to| {
-                    written.insert_run(guest_run(region, from, to));
-                })
-            };
-            scanned.map_err(host("scan the VMM's page table (PAGEMAP_SCAN)"))?;
-        }
-        Ok(())
     }
 
     /// The pages that the next resume of this memory should prefetch, within
@@ -481,12 +490,4 @@ fn runs_in<'a>(set: &'a PageSet, region: &'a Region) -> impl Iterator<Item = (u6
                 region.host_addr + run.first_page * PAGE_SIZE_U64 - region.guest_offset_bytes;
             (start, start + run.pages * PAGE_SIZE_U64)
         })
-}
-
-fn insert_common(set: &mut PageSet, run: PageRun, other: &PageSet) {
-    for page in run.first_page..run.end_page() {
-        if other.contains(page) {
-            set.insert(page);
-        }
-    }
 }
