@@ -1,0 +1,249 @@
+//! What a real Linux guest sees and lives through.
+
+#![allow(missing_docs, reason = "tests")]
+
+mod support;
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::{Duration, Instant};
+
+use support::{Guest, Host};
+use torpor_vmm::{DrainOutcome, GuestMemory, VmmError};
+
+/// Copies what a memory holds, hole by hole.
+fn copy_memory(from: &GuestMemory, to: &GuestMemory) {
+    let source = File::from(from.memfd.try_clone().unwrap());
+    let target = File::from(to.memfd.try_clone().unwrap());
+    for (start, end) in data_runs(&from.memfd, from.len_bytes) {
+        let mut bytes = vec![0; usize::try_from(end - start).unwrap()];
+        source.read_exact_at(&mut bytes, start).unwrap();
+        target.write_all_at(&bytes, start).unwrap();
+    }
+}
+
+fn data_runs(fd: &OwnedFd, len: u64) -> Vec<(u64, u64)> {
+    use rustix::fs::{SeekFrom, seek};
+    let mut runs = Vec::new();
+    let mut at = 0;
+    while at < len {
+        let Ok(start) = seek(fd, SeekFrom::Data(at)) else {
+            break;
+        };
+        let end = seek(fd, SeekFrom::Hole(start)).unwrap();
+        runs.push((start, end));
+        at = end;
+    }
+    runs
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_finds_its_drives_in_order_and_its_discards_punch_holes() {
+    let host = Host::new();
+    let mut guest = host.boot(&host.machine()).await;
+
+    assert_eq!(guest.ask("read /sys/block/vda/serial").await, "base");
+    assert_eq!(guest.ask("read /sys/block/vdb/serial").await, "layer");
+    assert_eq!(guest.ask("readonly /dev/vda").await, "1");
+    assert_eq!(guest.ask("readonly /dev/vdb").await, "0");
+    assert_eq!(guest.ask("list /sys/class/net").await, "lo");
+    let rng = guest
+        .ask("read /sys/class/misc/hw_random/rng_available")
+        .await;
+    assert!(rng.contains("virtio_rng"), "{rng}");
+    let cmdline = guest.ask("read /proc/cmdline").await;
+    let expected =
+        torpor_vmm::qemu::kernel_command_line(&host.machine(), &host.boot_source()).unwrap();
+    assert_eq!(cmdline, expected);
+
+    let layer = host.path("layer.img");
+    let allocated = || layer.metadata().unwrap().blocks() * 512;
+    assert_eq!(guest.ask("write /dev/vdb 1048576 4194304 7").await, "ok");
+    let full = allocated();
+    assert!(full >= 4 << 20, "{full}");
+    assert_eq!(guest.ask("discard /dev/vdb 1048576 4194304").await, "ok");
+    assert!(allocated() <= full - (4 << 20), "{} of {full}", allocated());
+    assert_ne!(guest.ask("write /dev/vda 0 4096 7").await, "ok");
+
+    guest.vm.kill().await.unwrap();
+    assert!(host.console().contains("test guest is up"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_saved_machine_goes_on_and_its_state_resumes_in_another_process() {
+    let host = Host::new();
+    let machine = host.machine();
+    let mut first = host.boot(&machine).await;
+    let kept = first.ask("keep 24").await;
+    assert_eq!(first.ask("write /dev/vdb 0 4096 42").await, "ok");
+
+    let error = first.vm.save_state().await.unwrap_err();
+    assert!(matches!(error, VmmError::WrongState { .. }), "{error}");
+
+    // Twice: a pause that failed after its state was taken must be able to be tried again.
+    for _ in 0..2 {
+        let before = first.count().await;
+        first.vm.stop_vcpus().await.unwrap();
+        let state = first.vm.save_state().await.unwrap();
+        assert!(
+            (10_000..1_000_000).contains(&state.len()),
+            "{}",
+            state.len()
+        );
+        let error = first.vm.save_state().await.unwrap_err();
+        assert!(matches!(error, VmmError::WrongState { .. }), "{error}");
+        first.vm.resume_vcpus().await.unwrap();
+        assert!(first.count().await >= before);
+        assert_eq!(first.ask("write /dev/vdb 4096 4096 43").await, "ok");
+    }
+
+    first.vm.stop_vcpus().await.unwrap();
+    first.vm.stop_vcpus().await.unwrap();
+    let stopping = Instant::now();
+    let state = first.vm.save_state().await.unwrap();
+    let took = stopping.elapsed();
+    println!("device state: {} bytes in {took:?}", state.len());
+
+    let second = Host::new();
+    std::fs::copy(host.path("layer.img"), second.path("layer.img")).unwrap();
+    let incoming = second.incoming(&second.machine()).await;
+    copy_memory(&first.vm.memory().unwrap(), &incoming.memory().unwrap());
+    let vm = incoming.load(&state).await.unwrap();
+    vm.resume_vcpus().await.unwrap();
+    vm.resume_vcpus().await.unwrap();
+    let mut resumed = Guest::new(vm);
+    let then = resumed.count().await;
+    assert_eq!(resumed.ask("kept").await, kept);
+    assert_eq!(resumed.ask("write /dev/vdb 8192 4096 44").await, "ok");
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(
+        resumed.count().await > then,
+        "the resumed guest's clock stands still"
+    );
+    assert_eq!(resumed.vm.identity(), first.vm.identity());
+
+    // The first goes on by itself, too.
+    first.vm.resume_vcpus().await.unwrap();
+    assert_eq!(first.ask("kept").await, kept);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_state_is_refused_in_qemus_words() {
+    let host = Host::new();
+    let guest = host.boot(&host.machine()).await;
+    guest.vm.stop_vcpus().await.unwrap();
+    let state = guest.vm.save_state().await.unwrap();
+    let memory = guest.vm.memory().unwrap();
+
+    let other = Host::new();
+    for (what, damaged) in [("cut short", &state[..state.len() / 2]), ("empty", &[][..])] {
+        let incoming = other.incoming(&other.machine()).await;
+        let pid = incoming.pid();
+        copy_memory(&memory, &incoming.memory().unwrap());
+        let error = incoming.load(damaged).await.unwrap_err();
+        println!("{what}: {error}");
+        assert!(
+            matches!(error, VmmError::State { .. } | VmmError::Died { .. }),
+            "{what}: {error}"
+        );
+        support::wait_until_gone(pid).await;
+    }
+
+    // And one of another machine.
+    let larger = torpor_vmm::MachineConfig {
+        network: true,
+        ..other.machine()
+    };
+    let incoming = other.incoming(&larger).await;
+    copy_memory(&memory, &incoming.memory().unwrap());
+    let error = incoming.load(&state).await;
+    println!("other machine: {error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_waits_for_what_a_guest_reports() {
+    let host = Host::new();
+    let guest = &mut host.boot(&host.machine()).await;
+    guest.ask("churn 96").await;
+    let report = guest.vm.drain(Duration::from_secs(60)).await;
+    println!("{report:?}");
+    assert_eq!(report.outcome, DrainOutcome::Settled);
+    assert!(report.released_bytes >= 80 << 20, "{report:?}");
+    assert!(report.held_bytes <= 150 << 20, "{report:?}");
+
+    let report = guest.vm.drain(Duration::ZERO).await;
+    assert_eq!(report.outcome, DrainOutcome::Skipped);
+    let report = guest.vm.drain(Duration::from_millis(300)).await;
+    assert_eq!(report.outcome, DrainOutcome::CeilingReached);
+    assert!(report.ms >= 300, "{report:?}");
+
+    guest.vm.kill().await.unwrap();
+    let report = guest.vm.drain(Duration::from_secs(60)).await;
+    assert!(
+        matches!(
+            report.outcome,
+            DrainOutcome::Failed(_) | DrainOutcome::Unsupported
+        ),
+        "{report:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_of_a_machine_that_reports_nothing_says_so_at_once() {
+    let host = Host::new();
+    let silent = torpor_vmm::MachineConfig {
+        free_page_reporting: false,
+        ..host.machine()
+    };
+    let log = host.path("console.log");
+    let binary = support::binary();
+    let vm = torpor_vmm::qemu::boot(&binary, &silent, &host.boot_source(), &log)
+        .await
+        .unwrap();
+    assert_eq!(
+        vm.drain(Duration::from_secs(60)).await.outcome,
+        DrainOutcome::Unsupported
+    );
+    drop(vm);
+
+    // A guest that has not come to its balloon yet.
+    let reporting = host.machine();
+    let vm = torpor_vmm::qemu::boot(&binary, &reporting, &host.boot_source(), &log)
+        .await
+        .unwrap();
+    vm.stop_vcpus().await.unwrap();
+    assert_eq!(
+        vm.drain(Duration::from_secs(60)).await.outcome,
+        DrainOutcome::GuestSilent
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_panics_ends_its_machine_and_leaves_its_words() {
+    let host = Host::new();
+    let machine = torpor_vmm::MachineConfig {
+        network: true,
+        vcpus: 2,
+        ..host.machine()
+    };
+    let mut guest = host.boot(&machine).await;
+    assert_eq!(guest.ask("list /sys/class/net").await, "eth0 lo");
+    assert_eq!(guest.ask("list /sys/class/cpuid").await, "");
+
+    let Guest { vm, .. } = {
+        let asked = tokio::time::timeout(Duration::from_secs(60), guest.ask("panic")).await;
+        assert!(asked.is_err() || asked.is_ok_and(|answer| answer.is_empty()));
+        guest
+    };
+    let exit = vm.wait_exit().await;
+    assert!(exit.guest_ended(), "{exit}");
+    assert!(!vm.is_alive());
+    assert!(
+        host.console().contains("Kernel panic"),
+        "{}",
+        host.console()
+    );
+    let error = vm.stop_vcpus().await.unwrap_err();
+    assert!(matches!(error, VmmError::Died { .. }), "{error}");
+}
