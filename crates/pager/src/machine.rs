@@ -413,13 +413,20 @@ mod tests {
         ) {
             let end_byte = start_byte + len_bytes;
             let mut machine = Machine::new(8);
+            (0..8).for_each(|page| machine.installed(page, Reason::Fault));
+            // Every other page was written before.
+            (0..8).step_by(2).for_each(|page| machine.written(page));
             let whole = machine.remove(start_byte, end_byte);
+            let absent = machine.removed_and_absent();
             let (written, removed) = (machine.known_written(), machine.removed_since_resume());
             for page in 0..8 {
                 let (from, to) = (page * PAGE_SIZE_U64, (page + 1) * PAGE_SIZE_U64);
                 let covered = end_byte.min(to).saturating_sub(start_byte.max(from));
                 prop_assert_eq!(removed.contains(page), covered == PAGE_SIZE_U64);
-                prop_assert_eq!(written.contains(page), covered > 0 && covered < PAGE_SIZE_U64);
+                prop_assert_eq!(absent.contains(page), covered == PAGE_SIZE_U64);
+                let partly = covered > 0 && covered < PAGE_SIZE_U64;
+                let kept = page % 2 == 0 && covered < PAGE_SIZE_U64;
+                prop_assert_eq!(written.contains(page), partly || kept);
                 let named = (whole.first_page..whole.end_page()).contains(&page);
                 prop_assert_eq!(named, covered == PAGE_SIZE_U64);
             }
