@@ -65,7 +65,8 @@ pub struct RawPort {
 
 impl RawPort {
     /// Serves a connected stream: its end of file is the end of the port. Two tasks carry the
-    /// bytes; both end when the link lets go of the port, and close the stream.
+    /// bytes; both end when the link lets go of the port, and drop the stream without shutting it
+    /// down.
     pub fn over<S>(stream: S) -> Self
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
@@ -103,14 +104,12 @@ async fn read_port(mut reader: impl AsyncRead + Unpin, incoming: mpsc::Sender<Po
 }
 
 async fn write_port(mut writer: impl AsyncWrite + Unpin, mut outgoing: mpsc::Receiver<Bytes>) {
+    // No shutdown at the end: the socket is the VMM's port, and the next session may want it.
     while let Some(bytes) = outgoing.recv().await {
         if let Err(error) = writer.write_all(&bytes).await {
             tracing::debug!(%error, "the agent's channel cannot be written any more");
             return;
         }
-    }
-    if let Err(error) = writer.shutdown().await {
-        tracing::debug!(%error, "the agent's channel was closed by the peer first");
     }
 }
 

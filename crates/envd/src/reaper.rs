@@ -89,7 +89,11 @@ impl Reaper {
         if !owners.contains_key(&leader) {
             return;
         }
-        // The leader goes last: while it is not collected, its id is the session's own.
+        // The leader goes first, so that it does not live to see its children die and report that
+        // instead. While it is not collected (we hold the lock) its id is still the session's own.
+        killpg(Pid::from_raw(leader), Signal::SIGKILL).ok();
+        // It may have moved to another group.
+        kill(Pid::from_raw(leader), Signal::SIGKILL).ok();
         for _ in 0..SESSION_ROUNDS_MAX {
             let members = session_members(leader);
             if members.is_empty() {
@@ -100,8 +104,6 @@ impl Reaper {
                 kill(Pid::from_raw(member), Signal::SIGKILL).ok();
             }
         }
-        killpg(Pid::from_raw(leader), Signal::SIGKILL).ok();
-        kill(Pid::from_raw(leader), Signal::SIGKILL).ok();
     }
 
     /// Collects until the runtime ends.
