@@ -383,3 +383,189 @@ pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
         rustix::process::PidfdFlags::empty(),
     )?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::os::fd::{AsFd, AsRawFd};
+    use std::process::{Command, Stdio};
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::{Mutex, PoisonError};
+
+    use nix::sys::wait::waitpid;
+    use nix::unistd::{ForkResult, fork};
+
+    const INJECTIONS: usize = 200;
+
+    static ALARMS: AtomicU32 = AtomicU32::new(0);
+
+    extern "C" fn count_alarm(_: libc::c_int) {
+        ALARMS.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// What a process does that must not notice: sleeps, polls, computes, takes signals. Only
+    /// what is allowed after a fork. Ends when `stop` is closed: 0 if all was as it should be.
+    fn be_busy(stop: BorrowedFd<'_>) -> i32 {
+        // SAFETY: the handler touches one atomic, which a signal handler may.
+        unsafe {
+            libc::signal(
+                libc::SIGALRM,
+                count_alarm as *const () as libc::sighandler_t,
+            )
+        };
+        let every = libc::timeval {
+            tv_sec: 0,
+            tv_usec: 700,
+        };
+        let timer = libc::itimerval {
+            it_interval: every,
+            it_value: every,
+        };
+        // SAFETY: the timer is a valid struct that outlives the call; the old one is not asked for.
+        unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()) };
+        let parent = std::os::unix::process::parent_id();
+        loop {
+            // Integer and floating point registers in use throughout.
+            let mut number = 1_u64;
+            let mut sum = 0.0_f64;
+            for step in 1..=20_000_u32 {
+                number = number
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
+                sum += f64::from(step) * 0.5;
+            }
+            if number != LCG_AFTER_20000 || sum.to_bits() != 100_005_000.0_f64.to_bits() {
+                return 2;
+            }
+            if std::os::unix::process::parent_id() != parent {
+                return 3;
+            }
+            let nap = libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 200_000,
+            };
+            // SAFETY: `nap` is valid; the remaining time is not asked for.
+            let slept = unsafe { libc::nanosleep(&raw const nap, std::ptr::null_mut()) };
+            if slept != 0 && io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
+                return 4;
+            }
+            let wait = Timespec {
+                tv_sec: 0,
+                tv_nsec: 300_000,
+            };
+            let mut fds = [PollFd::new(&stop, PollFlags::IN)];
+            match poll(&mut fds, Some(&wait)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => {
+                    return if ALARMS.load(Ordering::Relaxed) > 0 {
+                        0
+                    } else {
+                        5
+                    };
+                }
+                Err(_) => return 6,
+            }
+        }
+    }
+
+    /// What the loop above must come to, computed another way: x → a·x + 1, composed by squaring.
+    const LCG_AFTER_20000: u64 = {
+        let (mut a, mut c) = (6_364_136_223_846_793_005_u64, 1_u64);
+        let (mut total_a, mut total_c, mut steps) = (1_u64, 0_u64, 20_000_u32);
+        while steps > 0 {
+            if steps % 2 == 1 {
+                total_c = a.wrapping_mul(total_c).wrapping_add(c);
+                total_a = a.wrapping_mul(total_a);
+            }
+            c = a.wrapping_mul(c).wrapping_add(c);
+            a = a.wrapping_mul(a);
+            steps /= 2;
+        }
+        total_a.wrapping_add(total_c)
+    };
+
+    /// Forks a busy child, works on it, and sees that it has noticed nothing.
+    fn with_busy_child(work: impl FnOnce(u32, BorrowedFd<'_>)) {
+        // One at a time: a child inherits the other tests' pipes, and would hold them open.
+        static ONE: Mutex<()> = Mutex::new(());
+        let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let (stop, hold) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        // SAFETY: the child only makes system calls and computes, and leaves by _exit.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Child => {
+                drop(hold);
+                let code = be_busy(stop.as_fd());
+                // SAFETY: ends the child without running anything of the test harness.
+                unsafe { libc::_exit(code) }
+            }
+            ForkResult::Parent { child } => {
+                let pid = u32::try_from(child.as_raw()).unwrap();
+                let pidfd = open_pidfd(pid).unwrap();
+                work(pid, pidfd.as_fd());
+                drop(hold);
+                assert_eq!(waitpid(child, None), Ok(WaitStatus::Exited(child, 0)));
+            }
+        }
+    }
+
+    fn assert_userfaultfd(fd: &OwnedFd) {
+        let link = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
+        assert_eq!(link.to_str(), Some("anon_inode:[userfaultfd]"));
+    }
+
+    #[test]
+    fn a_busy_process_notices_none_of_200_injections() {
+        with_busy_child(|pid, pidfd| {
+            let started = Instant::now();
+            for _ in 0..INJECTIONS {
+                assert_userfaultfd(&userfaultfd_of(pid, pidfd, None).unwrap());
+            }
+            println!("{INJECTIONS} injections in {:?}", started.elapsed());
+        });
+    }
+
+    #[test]
+    fn a_userfaultfd_comes_from_the_device_as_well() {
+        // Inherited by the fork under the same number.
+        let device = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/userfaultfd")
+            .unwrap();
+        with_busy_child(|pid, pidfd| {
+            let args = [
+                unsigned(device.as_raw_fd()),
+                USERFAULTFD_IOC_NEW,
+                unsigned(USERFAULTFD_FLAGS),
+            ];
+            let call = Call::new("ioctl of /dev/userfaultfd", libc::SYS_ioctl, args);
+            let fd = i32::try_from(inject(pid, pidfd, &call).unwrap()).unwrap();
+            let link = fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
+            assert_eq!(link.to_str(), Some("anon_inode:[userfaultfd]"));
+        });
+    }
+
+    #[test]
+    fn a_call_that_fails_is_its_errno_and_the_process_goes_on() {
+        with_busy_child(|pid, pidfd| {
+            let call = Call::new("ioctl", libc::SYS_ioctl, [u64::MAX, 0, 0]);
+            let error = inject(pid, pidfd, &call).unwrap_err();
+            let InjectError::Call { source, .. } = &error else {
+                panic!("{error}")
+            };
+            assert_eq!(source.raw_os_error(), Some(libc::EBADF));
+        });
+    }
+
+    #[test]
+    fn a_process_that_has_ended_is_gone_and_its_status_is_still_its_parents() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pidfd = open_pidfd(child.id()).unwrap();
+        drop(child.stdin.take());
+        poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap();
+        let error = userfaultfd_of(child.id(), pidfd.as_fd(), None).unwrap_err();
+        println!("{error}");
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+    }
+}

@@ -1,7 +1,12 @@
 //! What a real Linux guest sees and lives through.
 
 #![allow(missing_docs, reason = "tests")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a helper of a test that fails ends the test"
+)]
 
+mod lazy;
 mod support;
 
 use std::fs::File;
@@ -9,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, Instant};
 
+use lazy::LazyMemory;
 use support::{Guest, Host};
 use torpor_vmm::{DrainOutcome, GuestMemory, VmmError};
 
@@ -129,6 +135,59 @@ async fn a_saved_machine_goes_on_and_its_state_resumes_in_another_process() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_guest_resumes_with_empty_memory_and_its_page_faults_bring_it_back() {
+    let host = Host::new();
+    let mut first = host.boot(&host.machine()).await;
+    let kept = first.ask("keep 24").await;
+    first.vm.stop_vcpus().await.unwrap();
+    let state = first.vm.save_state().await.unwrap();
+    let source = first.vm.memory().unwrap();
+
+    for round in 0..5 {
+        let second = Host::new();
+        let starting = Instant::now();
+        let incoming = second.incoming(&second.machine()).await;
+        let started = starting.elapsed();
+        let memory = incoming.memory().unwrap();
+        let uffd = incoming.userfaultfd().await.unwrap();
+        let injected = starting.elapsed();
+        let lazy = LazyMemory::serve(uffd, &memory, source.memfd.try_clone().unwrap());
+        let vm = incoming.load(&state).await.unwrap();
+        let loaded = starting.elapsed();
+        vm.resume_vcpus().await.unwrap();
+        let mut resumed = Guest::new(vm);
+        resumed.count().await;
+        let answered = starting.elapsed();
+        let faults = lazy.faults();
+        println!(
+            "round {round}: started {started:?}, injected {injected:?}, loaded {loaded:?}, \
+             answered {answered:?} after {faults} faults"
+        );
+        assert!((1..20_000).contains(&faults), "{faults}");
+        assert_eq!(resumed.ask("kept").await, kept);
+        assert!(lazy.faults() >= faults + 24 * 256);
+        resumed.vm.kill().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_load_whose_page_faults_nobody_serves_ends_by_its_deadline() {
+    let host = Host::new();
+    let first = host.boot(&host.machine()).await;
+    first.vm.stop_vcpus().await.unwrap();
+    let state = first.vm.save_state().await.unwrap();
+
+    let second = Host::new();
+    let incoming = second.incoming(&second.machine()).await;
+    let pid = incoming.pid();
+    let uffd = incoming.userfaultfd().await.unwrap();
+    lazy::register(&uffd, &incoming.memory().unwrap());
+    let error = incoming.load(&state).await.unwrap_err();
+    assert!(matches!(error, VmmError::Timeout { .. }), "{error}");
+    support::wait_until_gone(pid).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_state_is_refused_in_qemus_words() {
     let host = Host::new();
     let guest = host.boot(&host.machine()).await;
@@ -150,15 +209,16 @@ async fn a_damaged_state_is_refused_in_qemus_words() {
         support::wait_until_gone(pid).await;
     }
 
-    // And one of another machine.
+    // And one of a machine of another size.
     let larger = torpor_vmm::MachineConfig {
-        network: true,
+        memory_bytes: 320 << 20,
         ..other.machine()
     };
     let incoming = other.incoming(&larger).await;
     copy_memory(&memory, &incoming.memory().unwrap());
-    let error = incoming.load(&state).await;
-    println!("other machine: {error:?}");
+    let error = incoming.load(&state).await.unwrap_err().to_string();
+    println!("other machine: {error}");
+    assert!(error.contains("ram"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -169,8 +229,9 @@ async fn a_drain_waits_for_what_a_guest_reports() {
     let report = guest.vm.drain(Duration::from_secs(60)).await;
     println!("{report:?}");
     assert_eq!(report.outcome, DrainOutcome::Settled);
-    assert!(report.released_bytes >= 80 << 20, "{report:?}");
-    assert!(report.held_bytes <= 150 << 20, "{report:?}");
+    // 96 MiB were freed; a first round may have come before the drain began.
+    assert!(report.released_bytes >= 48 << 20, "{report:?}");
+    assert!(report.held_bytes <= 128 << 20, "{report:?}");
 
     let report = guest.vm.drain(Duration::ZERO).await;
     assert_eq!(report.outcome, DrainOutcome::Skipped);

@@ -26,7 +26,9 @@ pub struct IncomingVm {
 }
 
 /// Starts a machine that will load a state. `machine` must be the one that made the state, but
-/// for its paths; compare [`QemuBinary::identity`] with the recorded one first.
+/// for its paths, and the caller must see to that: QEMU notices another memory size, but loads
+/// the state of a machine without network into one with it and says nothing. Compare
+/// [`QemuBinary::identity`] with the recorded one, too.
 ///
 /// # Errors
 /// As [`boot`](crate::qemu::boot).

@@ -24,6 +24,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 use crate::error::{Result, VmmError};
 use crate::qemu::instance::{Instance, host};
 
+/// How every device state begins: `QEMU_VM_FILE_MAGIC` (migration/savevm.h), big-endian. A QEMU
+/// that is given less than its header waits for the rest for ever.
+const STATE_MAGIC: [u8; 4] = *b"QEVM";
 /// The largest device state. A microvm's has 70 KB, a q35's 0.7 MB; what is larger is not one,
 /// or is memory that slipped in.
 const STATE_BYTES_MAX: usize = 64 << 20;
@@ -80,6 +83,10 @@ pub(super) async fn save(qemu: &Instance) -> Result<Vec<u8>> {
 
 /// Gives a machine that waits for one its device state. The machine stays stopped.
 pub(super) async fn load(qemu: &Instance, state: &[u8]) -> Result<()> {
+    if !state.starts_with(&STATE_MAGIC) {
+        let reason = format!("these {} bytes are none", state.len());
+        return Err(VmmError::State { what: LOAD, reason });
+    }
     let (theirs, ours) = pipe()?;
     let mut ours = host("use a pipe", Sender::from_owned_fd(ours))?;
     qemu.send_descriptor(DESCRIPTOR_NAME, theirs.as_fd())
