@@ -5,6 +5,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use torpor_build::{BuildId, Name};
+use torpor_pager::WriteTracking;
+
+use crate::signal::PauseSignal;
 
 /// Pause microVM sandboxes leanly, resume them instantly.
 #[derive(Debug, Parser)]
@@ -41,7 +45,9 @@ Exit codes:
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Show what this host offers, and the next step where something is missing
-    #[command(after_help = "Examples:\n  torpor doctor\n  torpor doctor --json | jq '.checks[] | select(.ok == false)'")]
+    #[command(
+        after_help = "Examples:\n  torpor doctor\n  torpor doctor --json | jq '.checks[] | select(.ok == false)'"
+    )]
     Doctor(DoctorArgs),
 
     /// Boot a template, or put a layer on top of a build
@@ -53,15 +59,21 @@ pub(crate) enum Command {
     ResumeBuild(ResumeBuildArgs),
 
     /// Show a build's sizes, layers, checksums and pause report
-    #[command(after_help = "Examples:\n  torpor inspect-build python\n  torpor inspect-build python --validate --recursive\n  torpor inspect-build 7d3f… --svg memory.svg")]
+    #[command(
+        after_help = "Examples:\n  torpor inspect-build python\n  torpor inspect-build python --validate --recursive\n  torpor inspect-build 7d3f… --svg memory.svg"
+    )]
     InspectBuild(InspectBuildArgs),
 
     /// List all builds and the templates that name them
-    #[command(after_help = "Examples:\n  torpor list-builds\n  torpor list-builds --json | jq -r '.builds[].id'")]
+    #[command(
+        after_help = "Examples:\n  torpor list-builds\n  torpor list-builds --json | jq -r '.builds[].id'"
+    )]
     ListBuilds,
 
     /// Delete a build that no other build stands on
-    #[command(after_help = "Examples:\n  torpor delete-build 7d3f…\n  torpor delete-build 7d3f… --json")]
+    #[command(
+        after_help = "Examples:\n  torpor delete-build 7d3f…\n  torpor delete-build 7d3f… --json"
+    )]
     DeleteBuild(DeleteBuildArgs),
 }
 
@@ -92,6 +104,9 @@ Examples:
   # what does the drain bring, for this workload?
   torpor resume-build --from-build base --cmd './job' --fph-bench --fph-timeout-ms 5000";
 
+/// Longest ceiling of a drain: ten minutes, as for the flag of that name.
+const FPH_TIMEOUT_MS_MAX: u64 = 600_000;
+
 /// What holds for every command that runs a guest.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
@@ -101,7 +116,7 @@ pub(crate) struct RunArgs {
 
     /// Drain before the pause for at most N milliseconds, 0 for not at all (overrides the flag
     /// `free-page-hinting-timeout-ms`)
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=FPH_TIMEOUT_MS_MAX))]
     pub(crate) fph_timeout_ms: Option<u64>,
 
     /// A JSON file of flags, looked at again at every pause
@@ -128,6 +143,17 @@ pub(crate) enum Tracking {
     Sync,
 }
 
+impl Tracking {
+    /// What is forced; `None` leaves the choice to the host.
+    pub(crate) fn forced(self) -> Option<WriteTracking> {
+        match self {
+            Self::Auto => None,
+            Self::Async => Some(WriteTracking::Async),
+            Self::Sync => Some(WriteTracking::Sync),
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
     /// The QEMU to look at [default: qemu-system-x86_64 from PATH]
@@ -139,7 +165,7 @@ pub(crate) struct DoctorArgs {
 pub(crate) struct CreateBuildArgs {
     /// The name under which the build can be resumed: a-z, 0-9 and -
     #[arg(long, value_name = "NAME")]
-    pub(crate) template: String,
+    pub(crate) template: Name,
 
     /// Put a layer on top of this build (an id or a template's name) instead of booting
     #[arg(long, value_name = "ID", conflicts_with_all = ["memory", "vcpu", "disk", "rootfs", "kernel", "network"])]
@@ -191,7 +217,7 @@ pub(crate) struct ResumeBuildArgs {
 
     /// The id of the build that a pause makes [default: a new one]
     #[arg(long, value_name = "ID", conflicts_with_all = ["cmd", "fph_bench"])]
-    pub(crate) to_build: Option<String>,
+    pub(crate) to_build: Option<BuildId>,
 
     /// Run a shell command in the guest, then discard the sandbox
     #[arg(long, value_name = "CMD")]
@@ -207,7 +233,7 @@ pub(crate) struct ResumeBuildArgs {
 
     /// Pause when torpor gets this signal: USR1, USR2, HUP, TERM or INT
     #[arg(long, value_name = "SIG")]
-    pub(crate) signal_pause: Option<String>,
+    pub(crate) signal_pause: Option<PauseSignal>,
 
     /// A shell in the guest; with --to-build what is left is stored when it ends
     #[arg(long, conflicts_with_all = ["iterations", "json"])]
@@ -231,7 +257,7 @@ pub(crate) struct ResumeBuildArgs {
     pub(crate) eager: bool,
 
     /// Pause twice from the same build after --cmd, with and without the drain, and compare
-    #[arg(long, requires = "cmd")]
+    #[arg(long, requires = "cmd", conflicts_with = "iterations")]
     pub(crate) fph_bench: bool,
 
     #[command(flatten)]
@@ -293,7 +319,10 @@ mod tests {
     #[test]
     fn every_command_shows_examples() {
         for command in Cli::command().get_subcommands() {
-            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
             assert!(help.contains("Examples:"), "{}", command.get_name());
         }
     }

@@ -18,7 +18,9 @@ const MARGIN_PX: u64 = 16;
 const LEGEND_LINE_PX: u64 = 20;
 /// Own layer first, then its ancestors from the youngest: told apart also without colour vision
 /// (ColorBrewer's blues to oranges).
-const LAYER_COLOURS: [&str; 6] = ["#08519c", "#3182bd", "#6baed6", "#fd8d3c", "#e6550d", "#a63603"];
+const LAYER_COLOURS: [&str; 6] = [
+    "#08519c", "#3182bd", "#6baed6", "#fd8d3c", "#e6550d", "#a63603",
+];
 const OLDER_LAYERS: &str = "#7f2704";
 
 /// What a cell can be, in the order of the legend.
@@ -44,9 +46,10 @@ impl Cell {
 
     fn colour(self, index: &Index) -> &'static str {
         match self {
-            Self::Layer(layer) => {
-                LAYER_COLOURS.get(age(index, layer)).copied().unwrap_or(OLDER_LAYERS)
-            }
+            Self::Layer(layer) => LAYER_COLOURS
+                .get(age(index, layer))
+                .copied()
+                .unwrap_or(OLDER_LAYERS),
             Self::BaseImage => "#31a354",
             Self::Zero => "#d9d9d9",
             Self::Removed => "#f0f0f0",
@@ -59,7 +62,11 @@ impl Cell {
             Self::Layer(layer) => {
                 let id = index.layers().get(layer as usize).map(ToString::to_string);
                 let id = id.unwrap_or_default();
-                if age(index, layer) == 0 { format!("this build {id}") } else { format!("layer {id}") }
+                if age(index, layer) == 0 {
+                    format!("this build {id}")
+                } else {
+                    format!("layer {id}")
+                }
             }
             Self::BaseImage => "in the base image".to_owned(),
             Self::Zero => "zero".to_owned(),
@@ -97,21 +104,32 @@ pub(crate) fn draw(index: &Index) -> Document {
         .set("viewBox", (0, 0, width, height))
         .set("font-family", "sans-serif")
         .set("font-size", 13)
-        .add(Rectangle::new().set("width", width).set("height", height).set("fill", "#fafafa"))
+        .add(
+            Rectangle::new()
+                .set("width", width)
+                .set("height", height)
+                .set("fill", "#fafafa"),
+        )
         .add(heading(index, pages_per_cell));
     for cell in 0..cells {
         let first = cell * pages_per_cell;
         let pages = pages_per_cell.min(index.len_pages() - first);
         let most = majority(index.runs_in(first, pages));
-        picture = picture.add(square(cell, most.colour(index), CELL_PX - 1).add(Title::new(
-            format!("pages {first} to {}: {}", first + pages - 1, most.label(index)),
-        )));
+        picture = picture.add(
+            square(cell, most.colour(index), CELL_PX - 1).add(Title::new(format!(
+                "pages {first} to {}: {}",
+                first + pages - 1,
+                most.label(index)
+            ))),
+        );
     }
     for (line, (cell, pages)) in legend.iter().enumerate() {
         let y = map_bottom + line as u64 * LEGEND_LINE_PX;
-        picture = picture
-            .add(swatch(y, cell.colour(index)))
-            .add(Text::new(format!("{}: {}", cell.label(index), size(*pages))).set("x", MARGIN_PX + 20).set("y", y + 11));
+        picture = picture.add(swatch(y, cell.colour(index))).add(
+            Text::new(format!("{}: {}", cell.label(index), size(*pages)))
+                .set("x", MARGIN_PX + 20)
+                .set("y", y + 11),
+        );
     }
     picture
 }
@@ -156,7 +174,9 @@ fn majority(runs: impl Iterator<Item = Run>) -> Cell {
     for run in runs {
         *pages.entry(Cell::of(run.what)).or_default() += run.pages;
     }
-    let most = pages.into_iter().max_by_key(|(cell, pages)| (*pages, std::cmp::Reverse(*cell)));
+    let most = pages
+        .into_iter()
+        .max_by_key(|(cell, pages)| (*pages, std::cmp::Reverse(*cell)));
     most.map_or(Cell::Zero, |(cell, _)| cell)
 }
 
@@ -171,9 +191,25 @@ mod tests {
         let mut builder = IndexBuilder::new(own, ImageKind::Memory);
         let parent_layer = builder.add_layer(parent).unwrap();
         let own_layer = builder.add_layer(own).unwrap();
-        builder.append(100, Entry::Layer { layer: parent_layer, offset_pages: 0 }).unwrap();
+        builder
+            .append(
+                100,
+                Entry::Layer {
+                    layer: parent_layer,
+                    offset_pages: 0,
+                },
+            )
+            .unwrap();
         builder.append(50, Entry::Removed).unwrap();
-        builder.append(50, Entry::Layer { layer: own_layer, offset_pages: 0 }).unwrap();
+        builder
+            .append(
+                50,
+                Entry::Layer {
+                    layer: own_layer,
+                    offset_pages: 0,
+                },
+            )
+            .unwrap();
         let picture = draw(&builder.finish()).to_string();
         assert!(picture.contains(&format!("layer {parent}")), "{picture}");
         assert!(picture.contains(&format!("this build {own}")));

@@ -54,7 +54,9 @@ impl Output {
         let on_terminal = io::stderr().is_terminal();
         let current: Mutex<Option<(&'static str, Instant)>> = Mutex::new(None);
         Progress::to(move |event| {
-            let Ok(mut current) = current.lock() else { return };
+            let Ok(mut current) = current.lock() else {
+                return;
+            };
             match event {
                 ProgressEvent::Started { step } => {
                     *current = Some((step, Instant::now()));
@@ -81,7 +83,11 @@ const SPINNER_TICK: Duration = Duration::from_millis(100);
 
 /// `7.2 ms`, `1.35 s`.
 pub(crate) fn ms(ms: f64) -> String {
-    if ms < 1000.0 { format!("{ms:.1} ms") } else { format!("{:.2} s", ms / 1000.0) }
+    if ms < 1000.0 {
+        format!("{ms:.1} ms")
+    } else {
+        format!("{:.2} s", ms / 1000.0)
+    }
 }
 
 /// `83.5 MiB`.

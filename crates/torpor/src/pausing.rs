@@ -1,0 +1,103 @@
+//! Pauses for the command line: flags read and overridden, failures turned into what a command that
+//! is about to end can say.
+
+use torpor_build::{BuildId, Name};
+use torpor_sandbox::Sandbox;
+use torpor_sandbox::flags::{FlagSubject, PauseFlags};
+use torpor_sandbox::host::Host;
+use torpor_sandbox::pause::{PauseFailure, PauseRequest, Paused, pause};
+
+use crate::cli::RunArgs;
+use crate::context::{Context, blocking};
+use crate::error::CliError;
+
+/// What a pause of this sandbox does: the flags as they are now, then the switches.
+pub(crate) async fn flags(
+    host: &Host,
+    sandbox: &Sandbox,
+    template: Option<&Name>,
+    run: &RunArgs,
+) -> PauseFlags {
+    let template = template.or(sandbox.spec().template.as_ref());
+    let subject = FlagSubject {
+        sandbox: Some(sandbox.name().to_string()),
+        template: template.map(ToString::to_string),
+    };
+    overridden(host.flags().for_pause(&subject).await, run)
+}
+
+fn overridden(mut flags: PauseFlags, run: &RunArgs) -> PauseFlags {
+    flags.reclaim |= run.reclaim;
+    if let Some(ceiling_ms) = run.fph_timeout_ms {
+        flags.drain_ceiling_ms = ceiling_ms;
+    }
+    flags
+}
+
+/// Pauses. A sandbox that runs on afterwards is ended: the command that owns it is about to end.
+pub(crate) async fn into_build(
+    context: &Context,
+    host: &Host,
+    sandbox: Sandbox,
+    build: BuildId,
+    template: Option<Name>,
+    flags: PauseFlags,
+) -> Result<Paused, CliError> {
+    let request = PauseRequest {
+        build,
+        template,
+        flags,
+        progress: context.output.progress(),
+    };
+    match Box::pin(pause(sandbox, host, request)).await {
+        Ok(paused) => Ok(paused),
+        Err(PauseFailure::StillRunning {
+            sandbox,
+            step,
+            source,
+        }) => {
+            sandbox.end().await;
+            let source = Box::new(source);
+            Err(CliError::NotPaused { step, source })
+        }
+        Err(lost @ PauseFailure::Lost { .. }) => Err(CliError::PauseLost(lost.to_string())),
+    }
+}
+
+/// Refuses an id that is taken before anything is started for it.
+pub(crate) async fn must_be_free(host: &Host, id: BuildId) -> Result<(), CliError> {
+    let storage = host.storage().clone();
+    blocking(move || match storage.resolve(&id.to_string()) {
+        Err(torpor_build::Error::UnknownBuild { .. }) => Ok(()),
+        Ok(id) => Err(torpor_build::Error::BuildExists { id }.into()),
+        Err(error) => Err(error.into()),
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Tracking;
+
+    #[test]
+    fn switches_override_flags_and_their_absence_does_not() {
+        let mut run = RunArgs {
+            reclaim: false,
+            fph_timeout_ms: None,
+            flags: None,
+            qemu: None,
+            write_tracking: Tracking::Auto,
+        };
+        let by_flags = PauseFlags {
+            drain_ceiling_ms: 700,
+            reclaim: true,
+            ..PauseFlags::default()
+        };
+        assert_eq!(overridden(by_flags, &run), by_flags);
+        run.fph_timeout_ms = Some(0);
+        assert_eq!(overridden(by_flags, &run).drain_ceiling_ms, 0);
+        run.reclaim = true;
+        assert!(overridden(PauseFlags::default(), &run).reclaim);
+    }
+}
