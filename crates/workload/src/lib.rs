@@ -21,7 +21,11 @@ pub struct WorkloadSize {
 }
 
 /// The demo's workload on a 512 MiB guest.
-pub const DEMO_SIZE: WorkloadSize = WorkloadSize { cache_mib: 100, freed_mib: 256, kept_mib: 32 };
+pub const DEMO_SIZE: WorkloadSize = WorkloadSize {
+    cache_mib: 100,
+    freed_mib: 256,
+    kept_mib: 32,
+};
 
 /// The command that asks for a [`Check`], as a line on standard input.
 pub const CHECK_COMMAND: &str = "check";

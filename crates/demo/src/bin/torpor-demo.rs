@@ -1,0 +1,126 @@
+//! `make demo`: the main job on a real Linux guest.
+//!
+//! Builds two templates, pauses one workload in four ways, resumes and verifies each build, resumes
+//! the last one twice, and prints what each way stores and how long it takes.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use torpor_demo::arms::{ArmReport, DRAIN, PLAIN, RECLAIM, RECLAIM_DRAIN, prepare};
+use torpor_demo::bench_space::BenchSpace;
+use torpor_demo::clones::resume_twice;
+use torpor_demo::report::{self, DemoReport, REPORT_VERSION, write_json};
+use torpor_demo::templates::Templates;
+use torpor_demo::watch::Watch;
+use torpor_demo::{elapsed_ms, picture};
+use torpor_sandbox::host::Host;
+use torpor_workload::Check;
+
+/// Two templates, three stages for each of four arms, and the clones.
+const STAGES: u64 = 2 + 4 * 3 + 1;
+
+/// Show torpor's main job on a real Linux guest: four ways to pause, each resumed and verified.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Exit codes: 0 all verified, 1 something failed or is not as it \
+    should be, 130 interrupted.\n\nExample:\n  torpor-demo --out /var/tmp/torpor-demo"
+)]
+struct Args {
+    /// Where storage and results go; the storage in it is emptied first
+    #[arg(long, value_name = "DIR", default_value = "target/demo")]
+    out: PathBuf,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    torpor_demo::watch::log_to_stderr();
+    let args = Args::parse();
+    let done = tokio::select! {
+        done = Box::pin(run(&args)) => done,
+        // Dropping the run kills its guests and removes what was staged.
+        _ = tokio::signal::ctrl_c() => return ExitCode::from(130),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => torpor_demo::watch::fail(
+            "not everything is as it should be: look for NO and DAMAGED above",
+        ),
+        Err(error) => torpor_demo::watch::fail(&format!("{error:#}")),
+    }
+}
+
+async fn run(args: &Args) -> Result<bool> {
+    let started = Instant::now();
+    let space = BenchSpace::open(&args.out)?;
+    let host = space.host().await?;
+    let watch = Watch::new(STAGES);
+    let templates = Templates::build(&host, &watch).await?;
+    let (arms, before) = run_arms(&host, &templates, &watch).await?;
+    let last = arms.last().context("no arm ran")?;
+    let clones = {
+        let _stage = watch.stage("the last build, resumed twice");
+        resume_twice(&host, &last.build, &before).await?
+    };
+    watch.end();
+
+    let verified = clones.verified && arms.iter().all(|arm| arm.verified);
+    let vmm = host
+        .qemu()
+        .identity(torpor_vmm::Accel::of_host())
+        .to_string();
+    let total_ms = elapsed_ms(started);
+    let report = DemoReport {
+        version: REPORT_VERSION,
+        vmm,
+        arms,
+        clones,
+        verified,
+        total_ms,
+    };
+    let (json, svg) = (space.file("report.json"), space.file("report.svg"));
+    write_json(&report, &json)?;
+    svg::save(&svg, &picture::draw(&report.arms))
+        .with_context(|| format!("cannot write {}", svg.display()))?;
+    let mut out = std::io::stdout().lock();
+    writeln!(
+        out,
+        "\n{}\n\n{}\n",
+        report::arms_table(&report.arms),
+        report::steps_table(&report.arms)
+    )?;
+    writeln!(out, "{}\n", report::clones_text(&report.clones))?;
+    writeln!(
+        out,
+        "{} in {:.0} s: {}, {}",
+        report.vmm,
+        total_ms / 1e3,
+        json.display(),
+        svg.display()
+    )?;
+    Ok(verified)
+}
+
+/// The workloads of the arms whose guests keep what they free run side by side; a guest that gives
+/// pages back by itself is paused right after its workload, so that its drain is not half done.
+async fn run_arms(
+    host: &Host,
+    templates: &Templates,
+    watch: &Watch,
+) -> Result<(Vec<ArmReport>, Check)> {
+    let (plain, reclaim) = tokio::try_join!(
+        Box::pin(prepare(host, templates, PLAIN, watch)),
+        Box::pin(prepare(host, templates, RECLAIM, watch)),
+    )?;
+    let (plain, _) = Box::pin(plain.pause(host, watch)).await?;
+    let (reclaim, _) = Box::pin(reclaim.pause(host, watch)).await?;
+    let drain = Box::pin(prepare(host, templates, DRAIN, watch)).await?;
+    let (drain, _) = Box::pin(drain.pause(host, watch)).await?;
+    let both = Box::pin(prepare(host, templates, RECLAIM_DRAIN, watch)).await?;
+    let (both, before) = Box::pin(both.pause(host, watch)).await?;
+    Ok((vec![plain, reclaim, drain, both], before))
+}

@@ -1,0 +1,187 @@
+//! The demo's picture: what each arm stores, against what the guest needs and what it was given.
+
+use svg::Document;
+use svg::node::element::{Group, Line, Rectangle, Text};
+
+use crate::arms::ArmReport;
+use crate::{mib, ratio};
+
+const WIDTH: f64 = 860.0;
+const LEFT: f64 = 150.0;
+const RIGHT: f64 = 110.0;
+const TOP: f64 = 96.0;
+const ROW: f64 = 64.0;
+const BAR: f64 = 30.0;
+const BOTTOM: f64 = 74.0;
+/// Distance of the grid's lines.
+const GRID_MIB: f64 = 128.0;
+
+const INK: &str = "#1f2933";
+const QUIET: &str = "#6b7785";
+const FAINT: &str = "#e4e7eb";
+const STORED: &str = "#3b82c4";
+const LEANEST: &str = "#159a6c";
+const NEEDED: &str = "#e07a1f";
+const FULL: &str = "#b3261e";
+
+/// Draws the arms.
+#[must_use]
+pub fn draw(arms: &[ArmReport]) -> Document {
+    let ram_mib = arms
+        .iter()
+        .map(|arm| mib(arm.ram_bytes))
+        .fold(1.0, f64::max);
+    let scale = Scale { ram_mib };
+    let rows = TOP + ROW * f64::from(u32::try_from(arms.len()).unwrap_or(u32::MAX));
+    let height = rows + BOTTOM;
+    let mut picture = Document::new()
+        .set("viewBox", (0, 0, WIDTH, height))
+        .set("width", WIDTH)
+        .set("height", height)
+        .set(
+            "font-family",
+            "system-ui, 'DejaVu Sans', Helvetica, Arial, sans-serif",
+        )
+        .set("role", "img")
+        .add(svg::node::element::Title::new(
+            "Memory that a paused guest's build stores, by way of pausing",
+        ))
+        .add(rectangle(0.0, 0.0, WIDTH, height, "#ffffff"))
+        .add(label("What a paused guest stores", 24.0, 36.0, 20, INK).set("font-weight", 600))
+        .add(label(
+            "uncompressed memory in MiB, through all layers; the same workload, four ways to pause",
+            24.0,
+            58.0,
+            13,
+            QUIET,
+        ))
+        .add(grid(scale, rows));
+    let leanest = arms.iter().map(|arm| arm.memory_stored_bytes).min();
+    let mut top = TOP;
+    for arm in arms {
+        let colour = if leanest == Some(arm.memory_stored_bytes) {
+            LEANEST
+        } else {
+            STORED
+        };
+        picture = picture.add(row(arm, scale, top, colour));
+        top += ROW;
+    }
+    picture.add(full_ram(scale, rows)).add(legend(rows + 52.0))
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Scale {
+    ram_mib: f64,
+}
+
+impl Scale {
+    fn x(self, mib: f64) -> f64 {
+        LEFT + (WIDTH - LEFT - RIGHT) * mib / self.ram_mib
+    }
+}
+
+fn row(arm: &ArmReport, scale: Scale, top: f64, colour: &str) -> Group {
+    let stored = mib(arm.memory_stored_bytes);
+    let bar_top = top + (ROW - BAR) / 2.0;
+    let middle = bar_top + BAR / 2.0;
+    let end = scale.x(stored);
+    let mut row = Group::new()
+        .add(label(arm.name, LEFT - 14.0, middle + 5.0, 15, INK).set("text-anchor", "end"))
+        .add(rectangle(LEFT, bar_top, (end - LEFT).max(1.0), BAR, colour).set("rx", 3));
+    let mut value = format!("{stored:.0}");
+    if let Some(nonfree) = arm.guest_nonfree_bytes {
+        let x = scale.x(mib(nonfree));
+        let marker = line(x, bar_top - 6.0, x, bar_top + BAR + 6.0, NEEDED).set("stroke-width", 3);
+        row = row.add(marker);
+        if let Some(ratio) = ratio(arm.memory_stored_bytes, nonfree) {
+            value = format!(
+                "{stored:.0} MiB = {ratio:.2} × not free ({:.0})",
+                mib(nonfree)
+            );
+        }
+    }
+    // Inside the bar where it is long enough, else behind bar and marker.
+    let marker_end = arm
+        .guest_nonfree_bytes
+        .map_or(end, |nonfree| scale.x(mib(nonfree)));
+    let (x, fill) = if end - LEFT > 260.0 {
+        (LEFT + 12.0, "#ffffff")
+    } else {
+        (end.max(marker_end) + 10.0, INK)
+    };
+    row.add(label(&value, x, middle + 5.0, 13, fill).set("font-weight", 600))
+}
+
+fn grid(scale: Scale, bottom: f64) -> Group {
+    let mut grid = Group::new();
+    let mut at_mib = 0.0;
+    while at_mib <= scale.ram_mib {
+        let x = scale.x(at_mib);
+        grid = grid.add(line(x, TOP, x, bottom, FAINT)).add(
+            label(&format!("{at_mib:.0}"), x, bottom + 18.0, 12, QUIET)
+                .set("text-anchor", "middle"),
+        );
+        at_mib += GRID_MIB;
+    }
+    grid
+}
+
+fn full_ram(scale: Scale, bottom: f64) -> Group {
+    let x = scale.x(scale.ram_mib);
+    let text = format!("full RAM {:.0}", scale.ram_mib);
+    Group::new()
+        .add(
+            line(x, TOP - 6.0, x, bottom, FULL)
+                .set("stroke-width", 2)
+                .set("stroke-dasharray", "6 4"),
+        )
+        .add(label(&text, x, TOP - 12.0, 13, FULL).set("text-anchor", "middle"))
+}
+
+fn legend(y: f64) -> Group {
+    Group::new()
+        .add(rectangle(LEFT, y - 10.0, 14.0, 12.0, STORED).set("rx", 2))
+        .add(rectangle(LEFT + 17.0, y - 10.0, 14.0, 12.0, LEANEST).set("rx", 2))
+        .add(label(
+            "stored (green: the leanest)",
+            LEFT + 38.0,
+            y,
+            13,
+            QUIET,
+        ))
+        .add(line(LEFT + 262.0, y - 13.0, LEFT + 262.0, y + 3.0, NEEDED).set("stroke-width", 3))
+        .add(label(
+            "what the guest itself counts as not free",
+            LEFT + 272.0,
+            y,
+            13,
+            QUIET,
+        ))
+}
+
+fn rectangle(x: f64, y: f64, width: f64, height: f64, fill: &str) -> Rectangle {
+    Rectangle::new()
+        .set("x", x)
+        .set("y", y)
+        .set("width", width)
+        .set("height", height)
+        .set("fill", fill)
+}
+
+fn line(x1: f64, y1: f64, x2: f64, y2: f64, stroke: &str) -> Line {
+    Line::new()
+        .set("x1", x1)
+        .set("y1", y1)
+        .set("x2", x2)
+        .set("y2", y2)
+        .set("stroke", stroke)
+}
+
+fn label(text: &str, x: f64, y: f64, size: u32, fill: &str) -> Text {
+    Text::new(text)
+        .set("x", x)
+        .set("y", y)
+        .set("font-size", size)
+        .set("fill", fill)
+}

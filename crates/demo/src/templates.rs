@@ -1,0 +1,106 @@
+//! The templates that the arms start from: a booted guest with the workload's program in it.
+
+use anyhow::{Context as _, Result};
+use torpor_build::{BuildId, Name};
+use torpor_sandbox::assets::DEFAULT_KERNEL;
+use torpor_sandbox::boot::{BootRequest, boot};
+use torpor_sandbox::flags::PauseFlags;
+use torpor_sandbox::host::Host;
+use torpor_sandbox::pause::{PauseRequest, pause};
+
+use crate::arms::DRAIN_CEILING_MS;
+use crate::watch::Watch;
+use crate::{GUEST_DISK_BYTES, GUEST_MEMORY_BYTES, guest_work};
+
+/// The flag file of a run: what tells the two templates apart.
+pub const FLAGS: &str = r#"{
+  "templates": {
+    "reporting": { "free-page-reporting": true },
+    "silent": { "free-page-reporting": false }
+  }
+}
+"#;
+
+/// Whether a template's balloon reports free pages by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// It does.
+    Reporting,
+    /// It does not: what the guest frees stays with it.
+    Silent,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Reporting => "reporting",
+            Self::Silent => "silent",
+        }
+    }
+}
+
+/// Both templates.
+#[derive(Debug, Clone, Copy)]
+pub struct Templates {
+    reporting: BuildId,
+    silent: BuildId,
+}
+
+impl Templates {
+    /// Builds both at once: nothing is measured meanwhile.
+    ///
+    /// # Errors
+    /// A guest does not boot, or its pause fails.
+    pub async fn build(host: &Host, watch: &Watch) -> Result<Self> {
+        let (silent, reporting) = tokio::try_join!(
+            Box::pin(build(host, Kind::Silent, watch)),
+            Box::pin(build(host, Kind::Reporting, watch)),
+        )?;
+        Ok(Self { reporting, silent })
+    }
+
+    /// One of them.
+    #[must_use]
+    pub fn of(&self, kind: Kind) -> &BuildId {
+        match kind {
+            Kind::Reporting => &self.reporting,
+            Kind::Silent => &self.silent,
+        }
+    }
+}
+
+/// Boots a guest, waits for envd, brings the workload in, and snapshots it.
+async fn build(host: &Host, kind: Kind, watch: &Watch) -> Result<BuildId> {
+    let _stage = watch.stage(format!("template {}: boot and snapshot", kind.name()));
+    let name: Name = kind.name().parse()?;
+    let request = BootRequest {
+        memory_bytes: GUEST_MEMORY_BYTES,
+        disk_bytes: GUEST_DISK_BYTES,
+        vcpus: 1,
+        network: false,
+        kernel: DEFAULT_KERNEL.to_owned(),
+        rootfs: None,
+        template: Some(name.clone()),
+        progress: watch.progress(kind.name()),
+    };
+    let sandbox = Box::pin(boot(host, request)).await?;
+    guest_work::install(sandbox.envd())
+        .await
+        .context("the workload's program does not get into the guest")?;
+    let request = PauseRequest {
+        build: BuildId::random(),
+        template: Some(name),
+        // What booting freed goes back to the host as it would in the arms; without reporting there
+        // is nothing to wait for.
+        flags: PauseFlags {
+            drain_ceiling_ms: if kind == Kind::Reporting {
+                DRAIN_CEILING_MS
+            } else {
+                0
+            },
+            ..PauseFlags::default()
+        },
+        progress: watch.progress(kind.name()),
+    };
+    Ok(Box::pin(pause(sandbox, host, request)).await?.build.id())
+}
