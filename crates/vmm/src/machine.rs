@@ -69,7 +69,10 @@ pub struct MachineConfig {
     /// This machine's own image: raw, sparse; discards punch holes into it. The guest sees it as
     /// `/dev/vdb`, serial `layer`.
     pub writable_disk: PathBuf,
-    /// A network card on QEMU's user-mode network: egress, nothing comes in.
+    /// A network card on QEMU's user-mode network: egress, nothing comes in. The guest is
+    /// 10.0.2.15/24, its gateway 10.0.2.2, its name server 10.0.2.3 (DHCP says so, too). Beware:
+    /// QEMU forwards connections to the gateway to the *host's loopback*, and has no option
+    /// against it.
     pub network: bool,
     /// The balloon reports free pages by itself. Without it the balloon is there, and silent.
     pub free_page_reporting: bool,

@@ -290,13 +290,14 @@ async fn a_guest_that_panics_ends_its_machine_and_leaves_its_words() {
     };
     let mut guest = host.boot(&machine).await;
     assert_eq!(guest.ask("list /sys/class/net").await, "eth0 lo");
-    assert_eq!(guest.ask("list /sys/class/cpuid").await, "");
+    assert_eq!(
+        guest.ask("read /sys/devices/system/cpu/online").await,
+        "0-1"
+    );
 
-    let Guest { vm, .. } = {
-        let asked = tokio::time::timeout(Duration::from_secs(60), guest.ask("panic")).await;
-        assert!(asked.is_err() || asked.is_ok_and(|answer| answer.is_empty()));
-        guest
-    };
+    // It dies over the question: the channel closes instead of an answer.
+    assert_eq!(guest.ask("panic").await, "");
+    let vm = guest.vm;
     let exit = vm.wait_exit().await;
     assert!(exit.guest_ended(), "{exit}");
     assert!(!vm.is_alive());

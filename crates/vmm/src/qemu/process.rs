@@ -47,6 +47,10 @@ const STDERR_TAIL_BYTES: usize = 4 << 10;
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// One read of the console or of standard error.
 const READ_BYTES: usize = 4 << 10;
+/// How often one source is read before the others have their turn: a guest that prints without
+/// end must not hide what QEMU says. Together more than a socket's buffer (208 KiB) holds, so
+/// that what is left of an ended QEMU is read whole.
+const READS_PER_TURN: usize = 64;
 /// The warden reads and polls: it needs no deep stack.
 const WARDEN_STACK_BYTES: usize = 128 << 10;
 
@@ -304,11 +308,11 @@ fn wait_for_something(
     }
 }
 
-/// Reads what is there; false once the other end is closed.
+/// Reads what is there, up to a turn's worth; false once the other end is closed.
 fn take_all<R: Read>(reader: &mut Option<R>, mut each: impl FnMut(&[u8])) -> bool {
     let Some(reader) = reader else { return false };
     let mut buf = [0; READ_BYTES];
-    loop {
+    for _ in 0..READS_PER_TURN {
         match reader.read(&mut buf) {
             Ok(0) => return false,
             Ok(len) => each(&buf[..len]),
@@ -316,6 +320,7 @@ fn take_all<R: Read>(reader: &mut Option<R>, mut each: impl FnMut(&[u8])) -> boo
             Err(e) => return e.kind() == io::ErrorKind::WouldBlock,
         }
     }
+    true
 }
 
 fn set_nonblocking(fd: impl AsFd) -> bool {
