@@ -2,7 +2,7 @@
 //!
 //! The host opens streams ([`Mux`]), the guest accepts them ([`serve`]). Each stream has its own
 //! flow control, so that one that is not read holds nobody else up. Both sides stay within
-//! [`STREAMS_MAX`] streams and [`WINDOW_BYTES`] of unread bytes for each: that bounds what a peer
+//! twice [`STREAMS_MAX`] streams and 256 KiB of unread bytes for each: that bounds what a peer
 //! can make us hold.
 //!
 //! When the session ends, every stream reads end of file or fails; nothing is retried here.
