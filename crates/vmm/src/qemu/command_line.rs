@@ -69,6 +69,8 @@ pub(super) mod inherited {
     pub(in crate::qemu) const CONSOLE: i32 = 6;
     /// `/dev/userfaultfd`, where there is one and we may open it.
     pub(in crate::qemu) const USERFAULTFD_DEVICE: i32 = 7;
+    /// The padded initramfs, at a boot that has one.
+    pub(in crate::qemu) const INITRAMFS: i32 = 8;
 }
 
 /// What the machine starts from.
@@ -93,8 +95,11 @@ pub(super) fn arguments(machine: &MachineConfig, start: Start<'_>) -> Result<Vec
     match start {
         Start::Kernel(boot) => {
             args.path("-kernel", &boot.kernel)?;
-            if let Some(initramfs) = &boot.initramfs {
-                args.path("-initrd", initramfs)?;
+            if boot.initramfs.is_some() {
+                args.pair(
+                    "-initrd",
+                    &format!("/proc/self/fd/{}", inherited::INITRAMFS),
+                );
             }
             args.pair("-append", &kernel_command_line(machine, boot)?);
         }

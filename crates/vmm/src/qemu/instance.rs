@@ -1,7 +1,8 @@
 //! One QEMU process and the lines to it: QMP, the agent's channel, the guest's memory.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::future::Future;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
@@ -12,11 +13,12 @@ use qapi::qmp::{
     MigrationCapability, MigrationCapabilityStatus, QmpCommand, RunState, migrate_set_capabilities,
     query_status,
 };
+use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::net::UnixStream;
 
 use crate::error::{Result, VmmError};
 use crate::host::check_room;
-use crate::machine::{MachineConfig, VmmIdentity};
+use crate::machine::{BootSource, MachineConfig, VmmIdentity};
 use crate::memory::{GuestMemory, create_memfd, locate};
 use crate::qemu::binary::QemuBinary;
 use crate::qemu::command_line::{Start, arguments, inherited};
@@ -28,6 +30,9 @@ use crate::vmm::VmmExit;
 /// How long we wait for the reason when the connection breaks: a QEMU that ends closes it some
 /// milliseconds before it is reaped.
 const REASON_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The guest's page size.
+const PAGE_BYTES: u64 = 4096;
 
 /// A QEMU that has greeted us. Its vCPUs do not run yet.
 #[derive(Debug)]
@@ -78,6 +83,14 @@ impl Instance {
                 .ok()
                 .map(|device| (inherited::USERFAULTFD_DEVICE, device.into())),
         );
+
+        if let Start::Kernel(BootSource {
+            initramfs: Some(initramfs),
+            ..
+        }) = start
+        {
+            fds.push((inherited::INITRAMFS, padded_copy(initramfs)?));
+        }
 
         let program = binary.path.clone();
         let process = Process::spawn(Spawn {
@@ -211,7 +224,7 @@ fn check_files(machine: &MachineConfig, start: Start<'_>) -> Result<()> {
             if file.metadata()?.is_file() {
                 Ok(())
             } else {
-                Err(std::io::ErrorKind::IsADirectory.into())
+                Err(io::ErrorKind::IsADirectory.into())
             }
         });
         file.map_err(|source| VmmError::File {
@@ -231,10 +244,32 @@ fn check_files(machine: &MachineConfig, start: Start<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Copies an initramfs into a memfd whose length is a multiple of a page.
+///
+/// QEMU puts the initramfs at the very end of guest memory, and the firmware puts the ACPI tables
+/// (1 to 2 KiB) there as well: an end in the middle of the last page overwrites them, and the
+/// guest finds no device. Which sizes do depends on the tables' size, thus on QEMU's version
+/// (seen with 10.0). An end at the page's start leaves the last page to the tables. Linux skips
+/// zeroes after an archive.
+fn padded_copy(initramfs: &Path) -> Result<OwnedFd> {
+    let failed = |source| VmmError::File {
+        role: "initramfs",
+        path: initramfs.to_owned(),
+        source,
+    };
+    let copy = || {
+        let mut target = File::from(memfd_create("torpor-initramfs", MemfdFlags::CLOEXEC)?);
+        let copied = io::copy(&mut File::open(initramfs)?, &mut target)?;
+        target.set_len(copied.next_multiple_of(PAGE_BYTES))?;
+        Ok(target.into())
+    };
+    copy().map_err(failed)
+}
+
 fn socketpair() -> Result<(StdUnixStream, StdUnixStream)> {
     host("make a socket pair", StdUnixStream::pair())
 }
 
-pub(super) fn host<T>(what: &'static str, result: std::io::Result<T>) -> Result<T> {
+pub(super) fn host<T>(what: &'static str, result: io::Result<T>) -> Result<T> {
     result.map_err(|source| VmmError::Host { what, source })
 }

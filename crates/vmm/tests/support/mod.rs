@@ -25,6 +25,8 @@ use torpor_vmm::{Accel, BootSource, MachineConfig, Vmm};
 
 /// How long a guest may take for anything. Under TCG on a loaded host a boot takes 5 to 30 s.
 pub const GUEST_DEADLINE: Duration = Duration::from_secs(180);
+/// One question's, which a boot includes: longer, so that a boot can say what it saw.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(200);
 
 pub fn binary() -> QemuBinary {
     QemuBinary::find(None).unwrap()
@@ -97,13 +99,17 @@ impl Host {
             .await
             .unwrap();
         let mut guest = Guest::new(vm);
-        if timeout(GUEST_DEADLINE, guest.ask("count")).await.is_err() {
-            panic!(
+        match timeout(GUEST_DEADLINE, guest.ask("count")).await {
+            Ok(answer) if !answer.is_empty() => guest,
+            Ok(_) => {
+                let exit = guest.vm.wait_exit().await;
+                panic!("the VMM {exit}; the guest's console:\n{}", self.console());
+            }
+            Err(_) => panic!(
                 "the guest does not answer; its console:\n{}",
                 self.console()
-            );
+            ),
         }
-        guest
     }
 
     pub async fn incoming(&self, machine: &MachineConfig) -> IncomingVm {
@@ -127,17 +133,20 @@ impl Guest {
         Self { vm, channel }
     }
 
+    /// The guest's answer; empty if its machine ended over the question.
     pub async fn ask(&mut self, question: &str) -> String {
         let work = async {
-            self.channel
-                .write_all(format!("{question}\n").as_bytes())
-                .await
-                .unwrap();
             let mut answer = String::new();
-            self.channel.read_line(&mut answer).await.unwrap();
+            let line = format!("{question}\n");
+            if self.channel.write_all(line.as_bytes()).await.is_ok() {
+                // A machine that ends resets the connection, or just closes it.
+                if self.channel.read_line(&mut answer).await.is_err() {
+                    answer.clear();
+                }
+            }
             answer.trim().to_owned()
         };
-        timeout(GUEST_DEADLINE, work)
+        timeout(ANSWER_DEADLINE, work)
             .await
             .expect("the guest answers")
     }
