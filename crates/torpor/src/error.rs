@@ -49,14 +49,14 @@ pub(crate) enum CliError {
         exit: Box<VmmExit>,
         parent: Option<BuildId>,
     },
-    #[error("the command of {option} failed in the guest: {status}; nothing was stored")]
+    #[error("the command of {option} failed in the guest: {status}; the sandbox was discarded")]
     Command {
         option: &'static str,
         status: String,
     },
     #[error(
-        "the command of --ready-cmd did not succeed within {waited_s} s ({last}); nothing was \
-         stored"
+        "the command of --ready-cmd did not succeed within {waited_s} s ({last}); the sandbox was \
+         discarded"
     )]
     NotReady { waited_s: u64, last: String },
     #[error("template {name} was not given the new build: {source}; that build was deleted again")]
