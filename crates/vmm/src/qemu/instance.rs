@@ -249,7 +249,7 @@ fn check_files(machine: &MachineConfig, start: Start<'_>) -> Result<()> {
 /// QEMU puts the initramfs at the very end of guest memory, and the firmware puts the ACPI tables
 /// (1 to 2 KiB) there as well: an end in the middle of the last page overwrites them, and the
 /// guest finds no device. Which sizes do depends on the tables' size, thus on QEMU's version
-/// (seen with 10.0). An end at the page's start leaves the last page to the tables. Linux skips
+/// (seen with 10.0, not with 7.2). An end at the page's start leaves the last page to the tables. Linux skips
 /// zeroes after an archive.
 fn padded_copy(initramfs: &Path) -> Result<OwnedFd> {
     let failed = |source| VmmError::File {

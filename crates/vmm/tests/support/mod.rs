@@ -202,6 +202,9 @@ fn initramfs() -> &'static Path {
             cpio.add(&name, 0o100_644, &fs::read(entry.path()).unwrap());
         }
         cpio.add("TRAILER!!!", 0, &[]);
+        // The worst size: at the end of guest memory it would lie over the ACPI tables.
+        let len = cpio.0.metadata().unwrap().len();
+        cpio.0.set_len(len.next_multiple_of(4096) + 4095).unwrap();
         (dir, path)
     });
     path
