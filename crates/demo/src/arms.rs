@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 use torpor_build::BuildId;
+use torpor_guest::ReclaimCaps;
 use torpor_sandbox::Sandbox;
 use torpor_sandbox::flags::PauseFlags;
 use torpor_sandbox::host::Host;
@@ -23,6 +24,16 @@ use crate::watch::Watch;
 
 /// The drain's ceiling in the arms that drain.
 pub const DRAIN_CEILING_MS: u64 = 5000;
+
+/// The reclaim's caps. The flag's defaults are meant for a processor; an emulated one is ten to
+/// twenty times slower, and a cap that runs out would measure the emulation. They end early when
+/// the work is done.
+const RECLAIM_CAPS: ReclaimCaps = ReclaimCaps {
+    sync_ms: 2000,
+    drop_caches_ms: 4000,
+    compact_memory_ms: 4000,
+    fstrim_ms: 2000,
+};
 
 /// One way to pause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,7 +80,7 @@ impl Arm {
         PauseFlags {
             drain_ceiling_ms: self.drain_ceiling_ms,
             reclaim: self.reclaim,
-            ..PauseFlags::default()
+            reclaim_caps: RECLAIM_CAPS,
         }
     }
 }

@@ -49,6 +49,42 @@ const STATE_FD: i32 = 3;
 const QMP_FD: i32 = 4;
 const AGENT_FD: i32 = 5;
 
+/// What does not depend on the guest: torpor's machine and devices, on the same buses.
+const MACHINE: [&str; 16] = [
+    "-nodefaults",
+    "-no-user-config",
+    "-no-reboot",
+    "-S",
+    "-display",
+    "none",
+    "-machine",
+    "microvm,acpi=on,auto-kernel-cmdline=off,memory-backend=ram",
+    "-smp",
+    "1",
+    "-global",
+    "virtio-mmio.force-legacy=false",
+    "-mon",
+    "chardev=qmp,mode=control",
+    "-serial",
+    "null",
+];
+const DEVICES: [&str; 14] = [
+    "-device",
+    "virtio-blk-device,drive=base,serial=base,bus=virtio-mmio-bus.0",
+    "-device",
+    "virtio-blk-device,drive=layer,serial=layer,discard_granularity=4096,bus=virtio-mmio-bus.1",
+    "-device",
+    "virtio-serial-device,max_ports=2,bus=virtio-mmio-bus.2",
+    "-device",
+    "virtserialport,chardev=agent,name=torpor.agent",
+    "-object",
+    "rng-builtin,id=random",
+    "-device",
+    "virtio-rng-device,rng=random,bus=virtio-mmio-bus.3",
+    "-device",
+    "virtio-balloon-device,id=balloon,bus=virtio-mmio-bus.4",
+];
+
 /// The baseline's figures.
 #[derive(Debug, Clone, Serialize)]
 pub struct Baseline {
@@ -191,50 +227,14 @@ impl Guest {
             format!("socket,id=agent,fd={AGENT_FD}"),
         );
         let words = [
-            "-nodefaults",
-            "-no-user-config",
-            "-no-reboot",
-            "-S",
-            "-display",
-            "none",
-            "-machine",
-            "microvm,acpi=on,auto-kernel-cmdline=off,memory-backend=ram",
-            "-smp",
-            "1",
-            "-m",
-            &memory_mib,
-            "-object",
-            &memory,
-            "-global",
-            "virtio-mmio.force-legacy=false",
-            "-chardev",
-            &qmp,
-            "-mon",
-            "chardev=qmp,mode=control",
-            "-serial",
-            "null",
-            "-blockdev",
-            &base,
-            "-device",
-            "virtio-blk-device,drive=base,serial=base,bus=virtio-mmio-bus.0",
-            "-blockdev",
-            &layer,
-            "-device",
-            "virtio-blk-device,drive=layer,serial=layer,discard_granularity=4096,bus=virtio-mmio-bus.1",
-            "-chardev",
-            &agent,
-            "-device",
-            "virtio-serial-device,max_ports=2,bus=virtio-mmio-bus.2",
-            "-device",
-            "virtserialport,chardev=agent,name=torpor.agent",
-            "-object",
-            "rng-builtin,id=random",
-            "-device",
-            "virtio-rng-device,rng=random,bus=virtio-mmio-bus.3",
-            "-device",
-            "virtio-balloon-device,id=balloon,bus=virtio-mmio-bus.4",
+            &["-m", &memory_mib, "-object", &memory][..],
+            &["-blockdev", &base, "-blockdev", &layer],
+            &["-chardev", &qmp, "-chardev", &agent],
+            &accel,
+            &MACHINE,
+            &DEVICES,
         ];
-        let mut args: Vec<String> = accel.into_iter().chain(words).map(str::to_owned).collect();
+        let mut args: Vec<String> = words.concat().into_iter().map(str::to_owned).collect();
         let kernel = text(&self.boot.kernel)?;
         let (incoming, initramfs) = (format!("fd:{STATE_FD}"), text(&self.initramfs)?);
         let last: &[&str] = match start {

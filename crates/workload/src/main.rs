@@ -152,16 +152,20 @@ fn use_and_free(bytes: u64, random: &mut Random) -> io::Result<u64> {
 
 fn check(kept: &Kept) -> io::Result<Check> {
     let sum_of = |path: &Path| std::fs::read(path).map(|contents| xxh3_64(&contents));
+    let memory_intact = xxh3_64(&kept.memory) == kept.memory_sum;
+    let disk_file_intact = sum_of(&kept.disk_file)? == kept.file_sum;
+    let shm_file_intact = sum_of(&kept.shm_file)? == kept.file_sum;
     let counter = std::fs::read_to_string(&kept.counter_file)?;
+    let mut random = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut random)?;
+    // Last: who asked compares it with his own clock when the answer arrives.
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_err(io::Error::other)?;
-    let mut random = [0; 16];
-    File::open("/dev/urandom")?.read_exact(&mut random)?;
     Ok(Check {
-        memory_intact: xxh3_64(&kept.memory) == kept.memory_sum,
-        disk_file_intact: sum_of(&kept.disk_file)? == kept.file_sum,
-        shm_file_intact: sum_of(&kept.shm_file)? == kept.file_sum,
+        memory_intact,
+        disk_file_intact,
+        shm_file_intact,
         counter: counter.trim().parse().map_err(io::Error::other)?,
         realtime_ms: millis(now),
         random: random.iter().map(|byte| format!("{byte:02x}")).collect(),

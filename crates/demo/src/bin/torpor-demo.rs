@@ -64,7 +64,7 @@ async fn run(args: &Args) -> Result<bool> {
     let last = arms.last().context("no arm ran")?;
     let clones = {
         let _stage = watch.stage("the last build, resumed twice");
-        resume_twice(&host, &last.build, &before).await?
+        Box::pin(resume_twice(&host, &last.build, &before)).await?
     };
     watch.end();
 
