@@ -10,6 +10,9 @@
 //! than is worth waiting for ([`WORTH_BYTES`]). A guest is never wholly silent, and the tail of
 //! a fragmented one's rounds goes on for ever in ever smaller bits.
 //!
+//! Measured (256 MiB guest under TCG that had freed 96 MiB, busy host, QEMU 7.2 and 10.0): settled
+//! after 4.6 to 8.7 s, 81 to 90 MB came back while it watched.
+//!
 //! Consequence: a drain whose ceiling is below [`QUIET`] can release memory but never say
 //! `Settled`.
 
