@@ -69,7 +69,7 @@ pub enum PagerError {
         discarding_pages: u64,
     },
     /// The pager has given up on this guest.
-    #[error("the pager has given up on this guest")]
+    #[error("the pager has given up on this guest: {0}")]
     Failed(#[source] PagerFailure),
     /// The guest's process has gone.
     #[error("the VMM's process has gone")]

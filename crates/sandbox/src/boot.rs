@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use torpor_build::{Digest, Name};
 use torpor_vmm::{Accel, BootSource, Vmm, qemu};
@@ -16,10 +15,6 @@ use crate::progress::Progress;
 use crate::rootfs::{self, BaseImage};
 use crate::sandbox::{CONSOLE_FILE, DISK_FILE, Memory, Parts, Sandbox, Starting};
 use crate::spec::GuestSpec;
-
-/// Longest wait for a booting guest's agent: emulated boots take 5 to 10 s on an idle machine, and
-/// machines are not always idle.
-const BOOT_MAX: Duration = Duration::from_secs(120);
 
 /// A guest to boot.
 #[derive(Debug)]
@@ -48,7 +43,10 @@ pub struct BootRequest {
 /// [`StartError`] names what is missing or went wrong, with the console's last lines where the
 /// guest did not come up.
 pub async fn boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartError> {
-    let assets = Assets::find(None, &request.kernel)?;
+    let mut assets = Assets::find(None, &request.kernel)?;
+    if let Some(agent) = host.agent() {
+        assets.envd = agent.to_path_buf();
+    }
     let storage = host.storage();
     let name = crate::sandbox::new_name()?;
     let run_dir = storage.run_dir(&name)?;
@@ -76,7 +74,7 @@ pub async fn boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartErr
         name,
         run_dir,
     });
-    let sandbox = starting.answered(BOOT_MAX).await?;
+    let sandbox = starting.answered(host.boot_max()).await?;
     drop(step);
     // The kernel has unpacked it; nothing reads it again.
     drop(std::fs::remove_file(&initramfs));

@@ -85,6 +85,14 @@ pub enum StartError {
         /// What is not there.
         what: &'static str,
     },
+    /// A page that the starting guest needs cannot be delivered.
+    #[error("the guest cannot run: {source}{}", and_validate(*build))]
+    Unserved {
+        /// The build that it is resumed from.
+        build: Option<BuildId>,
+        /// Which page, file and offset.
+        source: torpor_pager::PagerFailure,
+    },
     /// Somebody else talks to the agent already: a bug.
     #[error("torpor has a bug: the agent's channel was taken twice; please report it")]
     ChannelTaken,
@@ -109,6 +117,12 @@ pub enum StartError {
     /// Work in the background panicked: a bug.
     #[error("torpor has a bug: {0}; please report it")]
     Panicked(String),
+}
+
+fn and_validate(build: Option<BuildId>) -> String {
+    build.map_or_else(String::new, |id| {
+        format!("; `torpor inspect-build {id} --validate --recursive` shows what is damaged")
+    })
 }
 
 fn console_text(console: &str) -> String {

@@ -1,6 +1,7 @@
 //! What every operation on this host needs: storage, VMM, flags, and how written pages are tracked.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use torpor_build::Storage;
 use torpor_pager::WriteTracking;
@@ -8,6 +9,10 @@ use torpor_vmm::qemu::QemuBinary;
 
 use crate::error::StartError;
 use crate::flags::Flags;
+
+/// Longest wait for a booting guest's agent unless told otherwise: emulated boots take 5 to 10 s on
+/// an idle machine, and machines are not always idle.
+const BOOT_MAX: Duration = Duration::from_secs(120);
 
 /// Where things are and what is forced, as the command line gives it.
 #[derive(Debug, Clone, Default)]
@@ -29,6 +34,8 @@ pub struct Host {
     qemu: QemuBinary,
     flags: Flags,
     tracking: Option<WriteTracking>,
+    agent: Option<PathBuf>,
+    boot_max: Duration,
 }
 
 impl Host {
@@ -45,7 +52,31 @@ impl Host {
             qemu: QemuBinary::find(options.qemu.as_deref())?,
             flags: Flags::open(options.flags.as_deref()).await?,
             tracking: options.tracking,
+            agent: None,
+            boot_max: BOOT_MAX,
         })
+    }
+
+    /// Boots guests with another agent than the one that was built with torpor.
+    #[must_use]
+    pub fn with_agent(mut self, envd: PathBuf) -> Self {
+        self.agent = Some(envd);
+        self
+    }
+
+    /// Waits this long for a booting guest's first answer.
+    #[must_use]
+    pub fn with_boot_max(mut self, boot_max: Duration) -> Self {
+        self.boot_max = boot_max;
+        self
+    }
+
+    pub(crate) fn agent(&self) -> Option<&Path> {
+        self.agent.as_deref()
+    }
+
+    pub(crate) fn boot_max(&self) -> Duration {
+        self.boot_max
     }
 
     /// Where builds are.

@@ -18,7 +18,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::spawn_blocking;
 use torpor_build::{Build, BuildId, BuildInfo, ImageReader, Name, PageRun, RunDir};
 use torpor_guest::Envd;
-use torpor_pager::{FailureSignal, PageSet, Pager, PagerStats};
+use torpor_pager::{FailureSignal, PageSet, Pager, PagerFailure, PagerStats};
 use torpor_vmm::Vmm;
 
 use crate::answer::first_answer;
@@ -43,6 +43,33 @@ pub(crate) enum Memory {
     Eager,
     /// Served on demand: the pager knows what was written and removed.
     Lazy(Arc<Pager>),
+}
+
+impl Memory {
+    fn failure(&self) -> Option<FailureSignal> {
+        match self {
+            Self::Lazy(pager) => Some(pager.failure()),
+            Self::Booted | Self::Eager => None,
+        }
+    }
+
+    /// Does `work`, which waits for a guest or a VMM, unless the pager gives up: then whatever
+    /// touched the page waits for ever, and the page is the reason to tell.
+    pub(crate) async fn while_served<T>(
+        &self,
+        build: Option<BuildId>,
+        work: impl Future<Output = Result<T, StartError>>,
+    ) -> Result<T, StartError> {
+        let Some(failure) = self.failure() else {
+            return work.await;
+        };
+        let unserved = |source| StartError::Unserved { build, source };
+        tokio::select! {
+            done = work => done.map_err(|error| failure.get().map_or(error, unserved)),
+            // A signal that cannot be watched leaves the work its own deadline.
+            Ok(source) = raised(&failure) => Err(unserved(source)),
+        }
+    }
 }
 
 /// The build that a sandbox was resumed from, with its images opened.
@@ -112,7 +139,9 @@ impl Starting {
     /// Waits for the agent's first answer: from then on it is a sandbox.
     pub(crate) async fn answered(self, patience: Duration) -> Result<Sandbox, StartError> {
         let body = self.0;
-        let envd = first_answer(&*body.vmm, body.run_dir.path(), patience).await?;
+        let answer = first_answer(&*body.vmm, body.run_dir.path(), patience);
+        let build = body.parent.as_ref().map(|parent| parent.build.id());
+        let envd = body.memory.while_served(build, answer).await?;
         // What was touched until now is what every resume of this build touches first.
         let working_set = match &body.memory {
             Memory::Lazy(pager) => pager.working_set().into_iter().map(build_run).collect(),
@@ -164,6 +193,12 @@ impl Sandbox {
             Memory::Lazy(pager) => Some(pager.stats()),
             Memory::Booted | Memory::Eager => None,
         }
+    }
+
+    /// Why the pager gave up, and so killed the VMM; `None` as long as it has not.
+    #[must_use]
+    pub fn pager_failure(&self) -> Option<PagerFailure> {
+        self.body.memory.failure()?.get()
     }
 
     pub(crate) fn parent(&self) -> Option<Parent> {
@@ -260,14 +295,11 @@ impl Guardian {
         // Weak: the guardian must not keep the VMM alive when its sandbox is dropped.
         let vmm = Arc::downgrade(vmm);
         let watch = tokio::spawn(async move {
-            if let Err(error) = raised(&failure).await {
-                tracing::error!(%error, "the pager's failure signal cannot be watched");
-            }
+            let why = match raised(&failure).await {
+                Ok(failure) => failure.to_string(),
+                Err(error) => format!("its failure signal cannot be watched: {error}"),
+            };
             let Some(vmm) = vmm.upgrade() else { return };
-            let why = failure
-                .get()
-                .map(|failure| failure.to_string())
-                .unwrap_or_default();
             tracing::error!(%why, pid = vmm.pid(), "the pager gave up; the VMM is killed");
             if let Err(error) = vmm.kill().await {
                 tracing::error!(%error, "the VMM does not go");
@@ -284,15 +316,17 @@ impl Drop for Guardian {
 }
 
 /// Waits until a failure has been raised.
-async fn raised(failure: &FailureSignal) -> std::io::Result<()> {
+async fn raised(failure: &FailureSignal) -> std::io::Result<PagerFailure> {
     let signal = failure.as_fd().try_clone_to_owned()?;
     // SAFETY: the AsyncFd owns the descriptor, so that it stays open and the same while it is
     // registered.
     let signal = unsafe { AsyncFd::register_with_interest(signal, Interest::READABLE) }?;
-    while failure.get().is_none() {
+    loop {
+        if let Some(failure) = failure.get() {
+            return Ok(failure);
+        }
         signal.readable().await?.clear_ready();
     }
-    Ok(())
 }
 
 /// Runs work that blocks.

@@ -54,7 +54,7 @@ async fn a_reclaimed_and_drained_pause_stores_about_what_the_guest_still_needs()
     let host = host().await;
     let template = template(&host).await;
     let mut cleanup = Cleanup(host.storage(), Vec::new());
-    let (sandbox, resumed) = resume_build(&host, &template).await;
+    let (sandbox, _) = resume_build(&host, &template).await;
     // A page cache and memory that was used and freed: what a lean pause leaves out.
     sh(
         &sandbox,
@@ -81,6 +81,6 @@ async fn a_reclaimed_and_drained_pause_stores_about_what_the_guest_still_needs()
         stored < nonfree * 5 / 4,
         "stored {stored}, non-free {nonfree}"
     );
-    let (sandbox, resumed) = resume_build(&host, &paused.build.id()).await;
+    let (sandbox, _) = resume_build(&host, &paused.build.id()).await;
     sh(&sandbox, "true").await;
 }

@@ -63,6 +63,11 @@ impl Course {
     /// The sandbox goes on as before: vCPUs, then the user's processes.
     async fn roll_back(self, step: PauseStep, source: StepError) -> PauseFailure {
         let last_build = self.sandbox.parent_id();
+        // A VMM that was killed because of a page died of the page, whatever step noticed it.
+        let source = match self.sandbox.pager_failure() {
+            Some(failure) => torpor_pager::PagerError::Failed(failure).into(),
+            None => source,
+        };
         tracing::warn!(%step, error = %source, "the pause is rolled back");
         match self.sandbox.go_on(THAW_MAX).await {
             Ok(()) => PauseFailure::StillRunning {

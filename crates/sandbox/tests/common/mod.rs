@@ -1,9 +1,14 @@
 //! What the tests with real guests share: a storage with templates that are booted once.
 
-use std::path::PathBuf;
-use std::sync::OnceLock;
+#![allow(dead_code, reason = "every test program uses a part of it")]
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use torpor_build::{BuildId, Digest, Name, Storage};
 use torpor_pager::WriteTracking;
 use torpor_sandbox::Sandbox;
@@ -11,8 +16,9 @@ use torpor_sandbox::assets::{Assets, DEFAULT_KERNEL};
 use torpor_sandbox::boot::{BootRequest, boot};
 use torpor_sandbox::flags::PauseFlags;
 use torpor_sandbox::host::{Host, HostOptions};
+use torpor_sandbox::pause::report::PauseStep;
 use torpor_sandbox::pause::{PauseFailure, PauseRequest, Paused, pause};
-use torpor_sandbox::progress::Progress;
+use torpor_sandbox::progress::{Progress, ProgressEvent};
 use torpor_sandbox::resume::{ResumeOptions, ResumeReport, resume};
 
 /// Memory of the tests' guests.
@@ -58,7 +64,16 @@ pub(crate) async fn host_with(tracking: Option<WriteTracking>) -> Host {
 
 /// A template that reports its free pages, booted once.
 pub(crate) async fn template(host: &Host) -> BuildId {
-    let name: Name = "plain".parse().unwrap();
+    named_template(host, "plain", false).await
+}
+
+/// A template with a network card, booted once by `host`, whose flags say whether it reports.
+pub(crate) async fn network_template(host: &Host, name: &str) -> BuildId {
+    named_template(host, name, true).await
+}
+
+async fn named_template(host: &Host, text: &str, network: bool) -> BuildId {
+    let name: Name = text.parse().unwrap();
     // Several test programs may want it at once.
     let lock = std::fs::File::create(storage_dir().join("template.lock")).unwrap();
     let lock = tokio::task::spawn_blocking(move || {
@@ -71,7 +86,11 @@ pub(crate) async fn template(host: &Host) -> BuildId {
     if let Ok(id) = host.storage().resolve(name.as_str()) {
         return id;
     }
-    let sandbox = boot_guest(host, "plain").await;
+    let request = BootRequest {
+        network,
+        ..boot_request(text)
+    };
+    let sandbox = boot(host, request).await.unwrap();
     let paused = pause_into_new(sandbox, host, PauseFlags::default()).await;
     host.storage()
         .set_template(&name, &paused.build.id())
@@ -80,8 +99,8 @@ pub(crate) async fn template(host: &Host) -> BuildId {
     paused.build.id()
 }
 
-pub(crate) async fn boot_guest(host: &Host, template: &str) -> Sandbox {
-    let request = BootRequest {
+pub(crate) fn boot_request(template: &str) -> BootRequest {
+    BootRequest {
         memory_bytes: GUEST_MEMORY_BYTES,
         disk_bytes: 1 << 30,
         vcpus: 1,
@@ -90,8 +109,7 @@ pub(crate) async fn boot_guest(host: &Host, template: &str) -> Sandbox {
         rootfs: None,
         template: Some(template.parse().unwrap()),
         progress: Progress::silent(),
-    };
-    boot(host, request).await.unwrap()
+    }
 }
 
 pub(crate) async fn resume_build(host: &Host, id: &BuildId) -> (Sandbox, ResumeReport) {
@@ -107,13 +125,175 @@ pub(crate) async fn try_pause(
     host: &Host,
     flags: PauseFlags,
 ) -> Result<Paused, PauseFailure> {
-    let request = PauseRequest {
+    pause(sandbox, host, pause_request(flags, Progress::silent())).await
+}
+
+pub(crate) fn pause_request(flags: PauseFlags, progress: Progress) -> PauseRequest {
+    PauseRequest {
         build: BuildId::random(),
         template: None,
         flags,
-        progress: Progress::silent(),
-    };
-    pause(sandbox, host, request).await
+        progress,
+    }
+}
+
+/// Does `act` once, when `step` of a pause begins.
+pub(crate) fn at_step(step: PauseStep, act: impl FnOnce() + Send + 'static) -> Progress {
+    let act: Mutex<Option<Box<dyn FnOnce() + Send>>> = Mutex::new(Some(Box::new(act)));
+    Progress::to(move |event| {
+        if event == (ProgressEvent::Started { step: step.doing() })
+            && let Some(act) = act.lock().unwrap().take()
+        {
+            act();
+        }
+    })
+}
+
+/// A pause that must fail and leave the sandbox running: the sandbox, the step and the reason.
+pub(crate) fn still_running(paused: Result<Paused, PauseFailure>) -> (Sandbox, PauseStep, String) {
+    match paused {
+        Err(PauseFailure::StillRunning {
+            sandbox,
+            step,
+            source,
+        }) => (*sandbox, step, source.to_string()),
+        other => panic!("not still running: {other:?}"),
+    }
+}
+
+/// A pause that must lose the sandbox: what is told.
+pub(crate) fn lost(paused: Result<Paused, PauseFailure>) -> String {
+    match paused {
+        Err(failure @ PauseFailure::Lost { .. }) => failure.to_string(),
+        other => panic!("not lost: {other:?}"),
+    }
+}
+
+/// Sends a signal to a VMM of ours.
+pub(crate) fn signal(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(pid.try_into().unwrap()), signal).unwrap();
+}
+
+/// Waits until a process is no more (and has been reaped).
+pub(crate) fn assert_gone(pid: u32) {
+    wait_until("the process is gone", || {
+        !Path::new(&format!("/proc/{pid}")).exists()
+    });
+}
+
+/// Looks again and again, for a minute at most.
+pub(crate) fn wait_until(what: &str, holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !holds() {
+        assert!(Instant::now() < deadline, "it never came true: {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Starts a process in the guest that counts in /dev/shm/count, ten times a second.
+pub(crate) async fn start_counter(sandbox: &Sandbox) {
+    sh(
+        sandbox,
+        "setsid sh -c 'n=0; while :; do n=$((n+1)); echo $n > /dev/shm/c; \
+         mv /dev/shm/c /dev/shm/count; sleep 0.1; done' > /dev/null 2>&1 < /dev/null & \
+         until [ -s /dev/shm/count ]; do sleep 0.1; done",
+    )
+    .await;
+}
+
+/// The counter goes on from at least `from`: what it has come to.
+pub(crate) async fn counts_on(sandbox: &Sandbox, from: u64) -> u64 {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let first: u64 = sh(sandbox, "cat /dev/shm/count").await.parse().unwrap();
+    assert!(first >= from, "the counter fell from {from} to {first}");
+    loop {
+        let now: u64 = sh(sandbox, "cat /dev/shm/count").await.parse().unwrap();
+        if now > first {
+            return now;
+        }
+        assert!(Instant::now() < deadline, "the counter stands at {now}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// The directory where a build would be staged.
+pub(crate) fn staging_of(host: &Host, id: &BuildId) -> PathBuf {
+    host.storage()
+        .root()
+        .join("staging")
+        .join(format!("build-{id}"))
+}
+
+/// Builds copied into a storage of their own, to be damaged. Images and kernels are shared.
+pub(crate) struct CopiedStorage {
+    pub(crate) host: Host,
+    pub(crate) dir: tempfile::TempDir,
+}
+
+impl CopiedStorage {
+    pub(crate) async fn of(host: &Host, ids: &[BuildId]) -> Self {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let options = HostOptions {
+            storage: dir.path().to_path_buf(),
+            ..HostOptions::default()
+        };
+        let copied = Host::open(options).await.unwrap();
+        for folder in ["images", "kernels"] {
+            for entry in std::fs::read_dir(host.storage().root().join(folder)).unwrap() {
+                let entry = entry.unwrap();
+                let to = dir.path().join(folder).join(entry.file_name());
+                link_tree(&entry.path(), &to);
+            }
+        }
+        for id in ids {
+            let from = host.storage().open_build(id).unwrap().path().to_path_buf();
+            copy_dir(&from, &dir.path().join("builds").join(id.to_string()));
+        }
+        Self { host: copied, dir }
+    }
+
+    pub(crate) fn file(&self, id: &BuildId, name: &str) -> PathBuf {
+        self.dir
+            .path()
+            .join("builds")
+            .join(id.to_string())
+            .join(name)
+    }
+}
+
+fn link_tree(from: &Path, to: &Path) {
+    if from.is_dir() {
+        std::fs::create_dir_all(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let entry = entry.unwrap();
+            link_tree(&entry.path(), &to.join(entry.file_name()));
+        }
+    } else {
+        std::fs::hard_link(from, to).unwrap();
+    }
+}
+
+pub(crate) fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+/// Turns over a bit of every byte at `offsets`, in place.
+pub(crate) fn flip(path: &Path, offsets: impl Iterator<Item = u64>) {
+    use std::os::unix::fs::FileExt as _;
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    for offset in offsets {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 0x10], offset).unwrap();
+    }
 }
 
 /// Runs a shell line in the guest; it must succeed. What it printed.
