@@ -96,6 +96,21 @@ pub(crate) fn durable_write_steps(path: &Path, bytes: &[u8], steps: &str) -> Res
     written
 }
 
+/// Replaces a file by one rename, without syncing anything: for what may be lost. The caller sees
+/// to it that nobody else does the same to this file.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = temporary_name(path);
+    let written = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(FILE_MODE)
+        .open(&temporary)
+        .and_then(|mut file| file.write_all(bytes));
+    written.context("write", &temporary)?;
+    rustix::fs::renameat(CWD, &temporary, CWD, path).context("rename to", path)
+}
+
 fn write_and_rename(path: &Path, temporary: &Path, bytes: &[u8], steps: &str) -> Result<()> {
     let mut file = OpenOptions::new()
         .write(true)

@@ -28,6 +28,7 @@ mod staging;
 mod stats;
 mod storage;
 mod validate;
+mod working_set;
 mod writer;
 
 pub use build::{Build, VMSTATE_BYTES_MAX};

@@ -7,6 +7,7 @@
 //!        images/<digest>      base images, 0400
 //!        kernels/<digest>/    vmlinux, config
 //!        templates/<name>     the id of the build that the name means now
+//!        working-sets/<id>.json  what a resume of the build touched first; a hint
 //!        run/<sandbox>/       what a running sandbox needs; an flock on its `owner` = it lives
 //! ```
 //!
@@ -45,7 +46,15 @@ const LOCK_RETRY_MS: u64 = 2;
 /// Longest file in `templates/`: an id and a newline, with room to spare.
 const TEMPLATE_BYTES_MAX: u64 = 128;
 
-const DIRS: [&str; 6] = ["builds", "images", "kernels", "templates", "run", "staging"];
+const DIRS: [&str; 7] = [
+    "builds",
+    "images",
+    "kernels",
+    "templates",
+    "run",
+    "staging",
+    "working-sets",
+];
 
 /// A storage folder. Cheap to clone; any number of processes may use one at once.
 #[derive(Debug, Clone)]
@@ -186,6 +195,8 @@ impl Storage {
         })?;
         let builds = self.builds_dir();
         durable::step("delete-dir-sync", &builds, || durable::sync_dir(&builds))?;
+        // A hint without its build harms nobody: not worth failing for.
+        drop(fs::remove_file(self.working_set_path(id)));
         drop(lock);
         fs::remove_dir_all(&doomed).context("delete", &doomed)
     }

@@ -24,7 +24,6 @@ pub mod rootfs;
 pub mod run_times;
 mod sandbox;
 mod spec;
-mod working_set;
 
 pub use sandbox::Sandbox;
 pub use spec::GuestSpec;

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use torpor_build::BuildId;
+use torpor_build::{Build, BuildId, PageRun};
 use torpor_pager::{Backing, Pager, PagerConfig, Region, Uffd, WriteTracking};
 use torpor_vmm::qemu::{self, IncomingVm};
 use torpor_vmm::{Accel, GuestMemory, InjectError, Vmm, VmmError};
@@ -34,7 +34,6 @@ use crate::sandbox::{
     CONSOLE_FILE, DISK_FILE, Memory, Parent, Parts, Sandbox, Starting, new_name, pager_run,
 };
 use crate::spec::{GuestSpec, identity_of};
-use crate::working_set;
 
 /// Guest memory is registered in base pages on every host that torpor runs on.
 const GUEST_PAGE_BYTES: u32 = 4096;
@@ -118,8 +117,14 @@ pub async fn resume(
         .unwrap_or_else(|error| Err(StartError::Panicked(error.to_string())))?;
     let disk_ms = clock.lap();
 
-    let vmm: Arc<dyn Vmm> = Arc::from(incoming.load(&parent.build.read_vmstate()?).await?);
-    vmm.resume_vcpus().await?;
+    let state = parent.build.read_vmstate()?;
+    // Loading touches guest memory: the devices' queues.
+    let start = async {
+        let vmm: Arc<dyn Vmm> = Arc::from(incoming.load(&state).await?);
+        vmm.resume_vcpus().await?;
+        Ok(vmm)
+    };
+    let vmm = memory.while_served(Some(*id), start).await?;
     let load_ms = clock.lap();
     let memory_file = File::from(guest_memory.memfd);
     // From here on the guest needs its pager, and the pager's failure must end the wait.
@@ -135,12 +140,7 @@ pub async fn resume(
     let sandbox = starting.answered(ANSWER_MAX).await?;
     let answer_ms = clock.lap();
     let total_ms = started.elapsed().as_secs_f64() * 1e3;
-    if let Some(parent) = sandbox.parent()
-        && !working_set::load(&parent.build).1
-        && sandbox.pager_stats().is_some()
-    {
-        working_set::store(&parent.build, sandbox.working_set());
-    }
+    record_working_set(&sandbox);
     let stats = sandbox.pager_stats().unwrap_or_default();
     let report = ResumeReport {
         open_ms,
@@ -155,6 +155,29 @@ pub async fn resume(
         pages_prefetched: stats.pages_prefetched,
     };
     Ok((sandbox, report))
+}
+
+/// What a resume of this build will touch first: what an earlier one did, or, before there was
+/// one, what the resume touched that led to the build (kernel and agent are the same).
+fn working_set_of(build: &Build) -> Vec<PageRun> {
+    build
+        .recorded_working_set()
+        .unwrap_or_else(|| build.manifest().info.working_set.clone())
+}
+
+/// Keeps what this resume touched for the next, if none did yet. Nobody waits for it: it is a hint.
+fn record_working_set(sandbox: &Sandbox) {
+    let (Some(parent), Some(_)) = (sandbox.parent(), sandbox.pager_stats()) else {
+        return;
+    };
+    let working_set = sandbox.working_set().to_vec();
+    tokio::task::spawn_blocking(move || {
+        if parent.build.recorded_working_set().is_none()
+            && let Err(error) = parent.build.record_working_set(&working_set)
+        {
+            tracing::debug!(%error, "the working set is not kept");
+        }
+    });
 }
 
 /// Times that follow one another without a gap.
@@ -175,8 +198,13 @@ fn open(host: &Host, id: &BuildId) -> Result<(Parent, GuestSpec), StartError> {
     let build = host.storage().open_build(id)?;
     let spec = GuestSpec::of(build.manifest())?;
     let recorded = identity_of(build.manifest())?;
+    // What was made without KVM is resumed without it, on any host.
+    let accel = match recorded.accel {
+        Accel::Tcg => Accel::Tcg,
+        Accel::Kvm => Accel::of_host(),
+    };
     host.qemu()
-        .identity(recorded.accel)
+        .identity(accel)
         .can_resume(&recorded)
         .map_err(|source| StartError::Identity { build: *id, source })?;
     let (memory, disk) = (Arc::new(build.memory()?), Arc::new(build.disk()?));
@@ -265,8 +293,7 @@ fn start_pager(
     config.tracking = tracking;
     config.pagemap_pid = i32::try_from(guest_memory.pid).ok();
     if !options.no_prefetch {
-        config.prefetch = working_set::load(&parent.build)
-            .0
+        config.prefetch = working_set_of(&parent.build)
             .iter()
             .map(pager_run)
             .collect();
