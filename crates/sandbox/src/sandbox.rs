@@ -31,8 +31,9 @@ use crate::spec::GuestSpec;
 pub(crate) const DISK_FILE: &str = "layer.img";
 /// Name of the console's log in a run directory.
 pub(crate) const CONSOLE_FILE: &str = "console.log";
-/// How much of the console an error message shows.
-const CONSOLE_SHOWN_BYTES: usize = 2000;
+/// How much of the console an error message shows: a kernel's panic with its registers and its
+/// call trace, whose first line is the one that counts, takes up to 3 KB.
+const CONSOLE_SHOWN_BYTES: usize = 4000;
 
 /// How a sandbox's memory came to be, and so what is known about it.
 #[derive(Debug)]
@@ -341,8 +342,14 @@ pub(crate) async fn background<T: Send + 'static>(
 /// The end of a console's log, for an error message.
 pub(crate) fn console_tail(run_dir: &Path) -> String {
     let log = std::fs::read(run_dir.join(CONSOLE_FILE)).unwrap_or_default();
-    let tail = log.len().saturating_sub(CONSOLE_SHOWN_BYTES);
-    String::from_utf8_lossy(&log[tail..]).trim().to_owned()
+    let mut tail = &log[log.len().saturating_sub(CONSOLE_SHOWN_BYTES)..];
+    // Whole lines only, where there are any.
+    if tail.len() < log.len()
+        && let Some(end) = tail.iter().position(|byte| *byte == b'\n')
+    {
+        tail = &tail[end..];
+    }
+    String::from_utf8_lossy(tail).trim().to_owned()
 }
 
 /// A name for a sandbox that nobody named.

@@ -1,6 +1,11 @@
 //! Builds that must not be resumed, or not any further: unknown, damaged, another VMM's.
 
-#![allow(missing_docs, reason = "tests")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "tests, and their helpers"
+)]
 
 mod common;
 

@@ -1,6 +1,11 @@
 //! Guests that do not come up, or misbehave once they run.
 
-#![allow(missing_docs, reason = "tests")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "tests, and their helpers"
+)]
 
 mod common;
 

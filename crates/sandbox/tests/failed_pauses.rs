@@ -1,6 +1,11 @@
 //! Pauses that fail: the sandbox goes on as it was or is lost, and the last build is intact.
 
-#![allow(missing_docs, reason = "tests")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "tests, and their helpers"
+)]
 
 mod common;
 

@@ -1,6 +1,11 @@
 //! A sandbox's life with a real guest: boot, pause, resume, pause again.
 
-#![allow(missing_docs, reason = "tests")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "tests, and their helpers"
+)]
 
 mod common;
 
