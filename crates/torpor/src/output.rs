@@ -96,7 +96,7 @@ pub(crate) fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
-/// Rows under a heading, columns aligned: the first to the left, the others to the right.
+/// Rows under a heading. Columns of figures are aligned to the right, text to the left.
 pub(crate) fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
     let mut table = comfy_table::Table::new();
     table.load_preset(comfy_table::presets::NOTHING);
@@ -104,8 +104,36 @@ pub(crate) fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
     for row in rows {
         table.add_row(row);
     }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(comfy_table::CellAlignment::Right);
+    for (at, column) in table.column_iter_mut().enumerate() {
+        if rows
+            .iter()
+            .filter_map(|row| row.get(at))
+            .all(|cell| is_figure(cell))
+        {
+            column.set_cell_alignment(comfy_table::CellAlignment::Right);
+        }
     }
     table.to_string()
+}
+
+/// `7.2 ms`, `12`, and what stands for no figure.
+fn is_figure(cell: &str) -> bool {
+    let first = cell.split_whitespace().next().unwrap_or("-");
+    first == "-" || first.parse::<f64>().is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_stand_right_and_text_stands_left() {
+        let row = |name: &str, size: &str| vec![name.to_owned(), size.to_owned()];
+        let text = table(&["name", "size"], &[row("a", "1.5 MiB"), row("long", "-")]);
+        let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
+        assert_eq!(
+            lines,
+            [" name     size", " a     1.5 MiB", " long        -"]
+        );
+    }
 }
