@@ -12,7 +12,9 @@
 //! include: the disk is not stored, and its copy for each resume is made before the clock starts.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -21,10 +23,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 use command_fds::{CommandFdExt as _, FdMapping};
 use qapi::futures::{QapiService, QmpStreamTokio};
 use qapi::qmp::{self, MigrationStatus, QmpCommand, RunState};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Serialize;
 use tokio::io::WriteHalf;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
+use torpor_build::PAGE_SIZE;
 use torpor_guest::{Channel, Envd};
 use torpor_sandbox::assets::{Assets, DEFAULT_KERNEL};
 use torpor_sandbox::host::Host;
@@ -44,13 +48,16 @@ const STATE_MAX: Duration = Duration::from_secs(60);
 const ASK_EVERY: Duration = Duration::from_millis(1);
 /// Longest wait for a booting guest.
 const BOOT_MAX: Duration = Duration::from_secs(120);
+/// How much of the console is shown when the guest does not come up.
+const CONSOLE_SHOWN_BYTES: usize = 2000;
 /// The numbers under which QEMU inherits our descriptors.
 const STATE_FD: i32 = 3;
 const QMP_FD: i32 = 4;
 const AGENT_FD: i32 = 5;
 
-/// What does not depend on the guest: torpor's machine and devices, on the same buses.
-const MACHINE: [&str; 16] = [
+/// What does not depend on the guest: torpor's machine and devices, on the same
+/// buses (on the first ones a guest hangs; see torpor-vmm's command line).
+const MACHINE: [&str; 12] = [
     "-nodefaults",
     "-no-user-config",
     "-no-reboot",
@@ -61,28 +68,24 @@ const MACHINE: [&str; 16] = [
     "microvm,acpi=on,auto-kernel-cmdline=off,memory-backend=ram",
     "-smp",
     "1",
-    "-global",
-    "virtio-mmio.force-legacy=false",
     "-mon",
     "chardev=qmp,mode=control",
-    "-serial",
-    "null",
 ];
 const DEVICES: [&str; 14] = [
     "-device",
-    "virtio-blk-device,drive=base,serial=base,bus=virtio-mmio-bus.0",
+    "virtio-blk-device,drive=base,serial=base,bus=virtio-mmio-bus.23",
     "-device",
-    "virtio-blk-device,drive=layer,serial=layer,discard_granularity=4096,bus=virtio-mmio-bus.1",
+    "virtio-blk-device,drive=layer,serial=layer,discard_granularity=4096,bus=virtio-mmio-bus.22",
     "-device",
-    "virtio-serial-device,max_ports=2,bus=virtio-mmio-bus.2",
+    "virtio-serial-device,max_ports=2,bus=virtio-mmio-bus.21",
     "-device",
     "virtserialport,chardev=agent,name=torpor.agent",
     "-object",
     "rng-builtin,id=random",
     "-device",
-    "virtio-rng-device,rng=random,bus=virtio-mmio-bus.3",
+    "virtio-rng-device,rng=random,bus=virtio-mmio-bus.20",
     "-device",
-    "virtio-balloon-device,id=balloon,bus=virtio-mmio-bus.4",
+    "virtio-balloon-device,id=balloon,bus=virtio-mmio-bus.19",
 ];
 
 /// The baseline's figures.
@@ -112,7 +115,8 @@ pub async fn run(host: &Host, dir: &Path, iterations: u32, watch: &Watch) -> Res
     let (saved, before) = {
         let _stage = watch.stage("QEMU's own way: boot, workload, migrate to a file");
         let mut machine = Machine::start(&guest, &guest.disk, Start::Boot).await?;
-        let envd = machine.answered(BOOT_MAX).await?;
+        let answered = machine.answered(BOOT_MAX).await;
+        let envd = answered.with_context(|| guest.console_tail())?;
         guest_work::install(&envd).await?;
         guest_work::work(&envd).await?;
         let before = guest_work::check(&envd).await?;
@@ -152,6 +156,7 @@ struct Guest {
     initramfs: PathBuf,
     disk: PathBuf,
     state: PathBuf,
+    console: PathBuf,
 }
 
 impl Guest {
@@ -159,10 +164,11 @@ impl Guest {
         let assets = Assets::find(None, DEFAULT_KERNEL)?;
         let (disk, initramfs) = (dir.join("disk"), dir.join("initramfs.cpio"));
         rootfs::make_layer(&disk, GUEST_DISK_BYTES).await?;
-        std::fs::write(
-            &initramfs,
-            initramfs::assemble(&assets.envd, &assets.modules)?,
-        )?;
+        let mut archive = initramfs::assemble(&assets.envd, &assets.modules)?;
+        // QEMU loads it to the end of guest memory, where the ACPI tables are as well: an archive
+        // that ends inside the last page overwrites them, and the guest finds no device.
+        archive.resize(archive.len().next_multiple_of(PAGE_SIZE), 0);
+        std::fs::write(&initramfs, archive)?;
         let machine = MachineConfig {
             memory_bytes: GUEST_MEMORY_BYTES,
             vcpus: 1,
@@ -187,7 +193,18 @@ impl Guest {
             initramfs,
             disk,
             state: dir.join("state"),
+            console: dir.join("console.log"),
         })
+    }
+
+    /// What a guest that did not come up had to say.
+    fn console_tail(&self) -> String {
+        let log = std::fs::read(&self.console).unwrap_or_default();
+        let tail = log.len().saturating_sub(CONSOLE_SHOWN_BYTES);
+        format!(
+            "the guest's console ended with:\n{}\n",
+            String::from_utf8_lossy(&log[tail..])
+        )
     }
 
     /// A disk for one resume: the guest goes on writing.
@@ -219,6 +236,7 @@ impl Guest {
             "memory-backend-ram,id=ram,size={}",
             self.machine.memory_bytes
         );
+        let console = format!("file:{}", text(&self.console)?);
         let memory_mib = format!("{}M", self.machine.memory_bytes >> 20);
         let base = drive("base", &text(&self.machine.base_image)?, true);
         let layer = drive("layer", &text(disk)?, false);
@@ -229,7 +247,7 @@ impl Guest {
         let words = [
             &["-m", &memory_mib, "-object", &memory][..],
             &["-blockdev", &base, "-blockdev", &layer],
-            &["-chardev", &qmp, "-chardev", &agent],
+            &["-chardev", &qmp, "-chardev", &agent, "-serial", &console],
             &accel,
             &MACHINE,
             &DEVICES,
@@ -283,6 +301,8 @@ struct Saved {
 struct Machine {
     process: Child,
     qmp: QapiService<QmpStreamTokio<WriteHalf<UnixStream>>>,
+    /// The same socket, for a byte that carries a descriptor.
+    socket: OwnedFd,
     agent: Option<UnixStream>,
 }
 
@@ -291,7 +311,8 @@ impl Machine {
         let (qmp, qmp_theirs) = UnixStream::pair()?;
         let (agent, agent_theirs) = UnixStream::pair()?;
         let state = match start {
-            Start::Boot => File::create(&guest.state)?,
+            // It gets its file when it is saved.
+            Start::Boot => File::open("/dev/null")?,
             Start::Incoming => File::open(&guest.state)?,
         };
         let blocking = |stream: UnixStream| -> std::io::Result<OwnedFd> {
@@ -321,6 +342,7 @@ impl Machine {
         let process = command.spawn().context("QEMU does not start")?;
         // Our copies of QEMU's ends go with it: a QEMU that ends closes the connection.
         drop(command);
+        let socket = qmp.as_fd().try_clone_to_owned()?;
         let greeting = async { QmpStreamTokio::open(qmp).await?.negotiate().await };
         let stream = tokio::time::timeout(STATE_MAX, greeting)
             .await
@@ -329,6 +351,7 @@ impl Machine {
         Ok(Self {
             process,
             qmp,
+            socket,
             agent: Some(agent),
         })
     }
@@ -338,6 +361,26 @@ impl Machine {
             .await
             .with_context(|| format!("QEMU does not answer {}", C::NAME))?
             .map_err(|error| anyhow::anyhow!("QEMU refuses {}: {error}", C::NAME))
+    }
+
+    /// Gives QEMU a descriptor under a name: with a space, which means nothing in JSON.
+    async fn send_descriptor(&self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let fds = [fd];
+        ensure!(
+            ancillary.push(SendAncillaryMessage::ScmRights(&fds)),
+            "no room for a descriptor"
+        );
+        sendmsg(
+            &self.socket,
+            &[IoSlice::new(b" ")],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        )?;
+        let fdname = name.to_owned();
+        self.execute(qmp::getfd { fdname }).await?;
+        Ok(())
     }
 
     /// Lets a booted machine run, and waits for envd.
@@ -369,9 +412,11 @@ impl Machine {
         };
         self.execute(qmp::migrate_set_parameters(parameters))
             .await?;
+        let file = File::create(&guest.state)?;
+        self.send_descriptor("state", file.as_fd()).await?;
         let since = Instant::now();
         self.execute(qmp::stop {}).await?;
-        let uri = Some(format!("fd:{STATE_FD}"));
+        let uri = Some("fd:state".to_owned());
         self.execute(qmp::migrate {
             uri,
             channels: None,
@@ -394,7 +439,6 @@ impl Machine {
             tokio::time::sleep(ASK_EVERY).await;
         }
         let freeze_ms = elapsed_ms(since);
-        let file = File::open(&guest.state)?;
         file.sync_all()?;
         let durable_ms = elapsed_ms(since);
         self.end().await?;

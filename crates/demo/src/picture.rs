@@ -13,6 +13,8 @@ const TOP: f64 = 96.0;
 const ROW: f64 = 64.0;
 const BAR: f64 = 30.0;
 const BOTTOM: f64 = 74.0;
+/// About the width of a value's character, at its size of 13 and bold.
+const CHARACTER: f64 = 7.4;
 /// Distance of the grid's lines.
 const GRID_MIB: f64 = 128.0;
 
@@ -101,16 +103,25 @@ fn row(arm: &ArmReport, scale: Scale, top: f64, colour: &str) -> Group {
             );
         }
     }
-    // Inside the bar where it is long enough, else behind bar and marker.
-    let marker_end = arm
+    let marker = arm
         .guest_nonfree_bytes
-        .map_or(end, |nonfree| scale.x(mib(nonfree)));
-    let (x, fill) = if end - LEFT > 260.0 {
-        (LEFT + 12.0, "#ffffff")
-    } else {
-        (end.max(marker_end) + 10.0, INK)
-    };
+        .map_or(end, |bytes| scale.x(mib(bytes)));
+    let (x, fill) = place_value(&value, end, marker);
     row.add(label(&value, x, middle + 5.0, 13, fill).set("font-weight", 600))
+}
+
+/// Where a bar's value does not touch its marker: in the bar before it, in the bar behind it, or
+/// behind both.
+fn place_value(value: &str, end: f64, marker: f64) -> (f64, &'static str) {
+    let width = CHARACTER * f64::from(u32::try_from(value.chars().count()).unwrap_or(u32::MAX));
+    let (before, behind) = (LEFT + 12.0, marker + 12.0);
+    if before + width < end.min(marker) {
+        (before, "#ffffff")
+    } else if marker < end && behind + width < end {
+        (behind, "#ffffff")
+    } else {
+        (end.max(marker) + 12.0, INK)
+    }
 }
 
 fn grid(scale: Scale, bottom: f64) -> Group {
@@ -184,4 +195,27 @@ fn label(text: &str, x: f64, y: f64, size: u32, fill: &str) -> Text {
         .set("y", y)
         .set("font-size", size)
         .set("fill", fill)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VALUE: &str = "446 MiB = 3.75 × not free (119)";
+
+    #[test]
+    fn a_value_never_stands_on_its_marker_and_never_half_outside_its_bar() {
+        for (end, marker) in [
+            (685.0, 470.0),
+            (672.0, 290.0),
+            (434.0, 449.0),
+            (268.0, 290.0),
+        ] {
+            let (x, fill) = place_value(VALUE, end, marker);
+            let till = x + CHARACTER * 31.0;
+            assert!(till < marker || x > marker, "{end} {marker}");
+            assert_eq!(till < end, fill == "#ffffff", "{end} {marker}");
+            assert!(till < WIDTH, "{end} {marker}");
+        }
+    }
 }
