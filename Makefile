@@ -1,6 +1,8 @@
 # The front door. Each target is one line; what it does is in scripts/ or in the programs.
 
 .DEFAULT_GOAL := help
+# `setup build` is an order: with -j, too. (cargo uses all cores by itself.)
+.NOTPARALLEL:
 .PHONY: setup build demo test test-long bench lint clean help
 
 TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
