@@ -38,7 +38,7 @@ use pb::process_selector::Selector;
 use pb::stream_input_request::Event as StreamInput;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::cgroup::{CgroupError, Cgroups, Place};
@@ -147,13 +147,15 @@ impl Processes {
         &self,
         process: Option<pb::ProcessSelector>,
         input: Option<pb::ProcessInput>,
+        deadline: Option<Instant>,
     ) -> Result<(), ConnectError> {
         let entry = self.running(process)?;
         let Some(Bytes::Stdin(bytes) | Bytes::Pty(bytes)) = input.and_then(|input| input.input)
         else {
             return Err(ConnectError::invalid_argument("no input given"));
         };
-        let written = timeout(INPUT_DEADLINE, async {
+        let deadline = deadline.unwrap_or_else(|| Instant::now() + INPUT_DEADLINE);
+        let written = timeout_at(deadline, async {
             match &entry.input {
                 Input::Pty(terminal) => {
                     terminal.write_all(&bytes).await.map_err(ConnectError::from)
@@ -205,7 +207,7 @@ impl Life {
         if let Input::Pipe(stdin) = &self.entry.input {
             stdin.lock().await.take();
         }
-        table.end(self.entry.pid);
+        table.end(&self.entry);
     }
 
     async fn ending_or_deadline(&mut self, reaper: &Reaper) -> Ending {
@@ -294,15 +296,17 @@ impl pb::Process for Processes {
 
     async fn stream_input<'a>(
         &'a self,
-        _ctx: RequestContext,
+        ctx: RequestContext,
         mut requests: InboundStream<pb::StreamInputRequest>,
     ) -> ServiceResult<impl Encodable<pb::StreamInputResponse> + Send + use<'a>> {
         let mut process = None;
+        let deadline = ctx.deadline().map(Instant::from_std);
         while let Some(request) = requests.next().await {
             match request?.to_owned_message().event {
                 Some(StreamInput::Start(start)) => process = Option::from(start.process),
                 Some(StreamInput::Data(data)) => {
-                    self.input(process.clone(), data.input.into()).await?;
+                    self.input(process.clone(), data.input.into(), deadline)
+                        .await?;
                 }
                 Some(StreamInput::Keepalive(_)) | None => {}
             }
@@ -312,11 +316,12 @@ impl pb::Process for Processes {
 
     async fn send_input<'a>(
         &'a self,
-        _ctx: RequestContext,
+        ctx: RequestContext,
         request: ServiceRequest<'_, pb::SendInputRequest>,
     ) -> ServiceResult<impl Encodable<pb::SendInputResponse> + Send + use<'a>> {
         let request = request.to_owned_message();
-        self.input(request.process.into(), request.input.into())
+        let deadline = ctx.deadline().map(Instant::from_std);
+        self.input(request.process.into(), request.input.into(), deadline)
             .await?;
         Response::ok(pb::SendInputResponse::default())
     }

@@ -363,3 +363,26 @@ async fn too_many_streams_are_an_error_and_not_the_end_of_the_session() {
     let envd = torpor_guest::Envd::new(channel);
     host::eventually_ok(|| envd.health()).await;
 }
+
+#[tokio::test]
+async fn a_quiet_process_is_waited_for_and_a_guest_that_stands_still_is_not() {
+    use nix::sys::signal::{Signal as HostSignal, kill};
+    let agent = Agent::start();
+    let envd = agent.envd().await.with_keepalive(Duration::from_secs(1));
+    // Longer than the three seconds of silence that end a stream: the keepalives fill them.
+    let quiet = envd.run(&sh("sleep 5; echo done"), LONG).await.unwrap();
+    assert_eq!(quiet.stdout, b"done\n");
+
+    let mut process = envd.start(&sh("sleep 600"), None).await.unwrap();
+    let pid = nix::unistd::Pid::from_raw(agent.child.id().try_into().unwrap());
+    kill(pid, HostSignal::SIGSTOP).unwrap();
+    let error = tokio::time::timeout(LONG, process.next())
+        .await
+        .expect("the stream waits for ever")
+        .unwrap_err();
+    assert!(
+        matches!(error, GuestError::Silent { waited, .. } if waited == Duration::from_secs(3)),
+        "{error}"
+    );
+    kill(pid, HostSignal::SIGCONT).unwrap();
+}

@@ -18,6 +18,11 @@ use crate::{Channel, GuestError, transport};
 /// milliseconds; a guest that is faulted in page by page from a slow store needs longer.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
+/// How often a quiet process stream asks the guest for a sign of life unless
+/// [`Envd::with_keepalive`] says otherwise. Three of them missed end the stream: half a minute, three
+/// times what any other call waits.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+
 /// Fresh random bytes per [`Envd::init`]: twice what the kernel's generator holds.
 const ENTROPY_BYTES: usize = 64;
 
@@ -26,6 +31,7 @@ const ENTROPY_BYTES: usize = 64;
 pub struct Envd {
     pub(crate) channel: Channel,
     pub(crate) deadline: Duration,
+    pub(crate) keepalive: Duration,
 }
 
 impl Envd {
@@ -35,6 +41,7 @@ impl Envd {
         Self {
             channel,
             deadline: CALL_DEADLINE,
+            keepalive: KEEPALIVE_INTERVAL,
         }
     }
 
@@ -42,8 +49,17 @@ impl Envd {
     #[must_use]
     pub fn with_deadline(&self, deadline: Duration) -> Self {
         Self {
-            channel: self.channel.clone(),
             deadline,
+            ..self.clone()
+        }
+    }
+
+    /// The same client whose process streams ask for a sign of life this often, in whole seconds.
+    #[must_use]
+    pub fn with_keepalive(&self, keepalive: Duration) -> Self {
+        Self {
+            keepalive,
+            ..self.clone()
         }
     }
 

@@ -27,6 +27,17 @@ pub enum GuestError {
         /// Its deadline.
         waited: Duration,
     },
+    /// A process stream without a sign of life.
+    #[error(
+        "nothing was heard of the guest for {} s while its process {pid} ran: it does not answer any more",
+        .waited.as_secs()
+    )]
+    Silent {
+        /// The process's id in the guest.
+        pid: u32,
+        /// How long.
+        waited: Duration,
+    },
     /// HTTP broke.
     #[error("{what}: the connection to envd broke")]
     Http {
@@ -95,7 +106,7 @@ impl GuestError {
     }
 
     /// Whether the reason is that time ran out (the guest did not answer, or a command was killed
-    /// because its timeout came).
+    /// because its timeout came). A guest that went silent below a process is no such case.
     #[must_use]
     pub fn is_timeout(&self) -> bool {
         matches!(

@@ -27,7 +27,7 @@ pub mod reclaim;
 mod transport;
 
 pub use channel::{Channel, OPEN_DEADLINE, PortStream};
-pub use envd::{CALL_DEADLINE, Envd};
+pub use envd::{CALL_DEADLINE, Envd, KEEPALIVE_INTERVAL};
 pub use envd_api::rest::{FreezeResponse, InitRequest, InitResponse, Metrics};
 pub use error::GuestError;
 pub use process::{

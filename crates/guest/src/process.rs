@@ -7,7 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use connectrpc::client::{CallOptions, ClientConfig, ServerStream};
 use envd_api::proto::process as pb;
-use envd_api::{CGROUP_HEADER, CGROUP_SYSTEM};
+use envd_api::{CGROUP_HEADER, CGROUP_SYSTEM, KEEPALIVE_HEADER};
 use http::Uri;
 use hyper::body::Incoming;
 use pb::__buffa::view::{ConnectResponseView, StartResponseView};
@@ -22,6 +22,10 @@ use crate::{Envd, GuestError};
 /// Most output that [`Envd::run`] collects, both streams together, bytes. Longer output belongs
 /// into a file, or into [`Envd::start`] piece by piece.
 pub const RUN_OUTPUT_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// How many signs of life a process stream may miss before its guest counts as gone. One can be
+/// late because a guest is faulted in or its host is busy; three in a row are not.
+const KEEPALIVES_MISSED_MAX: u32 = 3;
 
 /// Size of a terminal, characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,8 +139,8 @@ impl Command {
         }
     }
 
-    fn options(&self, timeout: Option<Duration>) -> CallOptions {
-        let mut options = CallOptions::default();
+    fn options(&self, timeout: Option<Duration>, keepalive: Duration) -> CallOptions {
+        let mut options = stream_options(keepalive);
         if let Some(timeout) = timeout {
             options = options.with_timeout(timeout);
         }
@@ -151,6 +155,12 @@ impl Command {
         }
         options
     }
+}
+
+/// Whole seconds go over the wire, at least one.
+fn stream_options(keepalive: Duration) -> CallOptions {
+    let seconds = keepalive.as_secs().max(1);
+    CallOptions::default().with_header(KEEPALIVE_HEADER, seconds.to_string())
 }
 
 fn pty(size: PtySize) -> pb::PTY {
@@ -309,15 +319,18 @@ pub struct Process {
     pid: u32,
     stream: Stream,
     ended: bool,
+    /// Longest silence: [`KEEPALIVES_MISSED_MAX`] of what the guest was asked for.
+    silence_max: Duration,
 }
 
 impl Process {
-    async fn begin(mut stream: Stream) -> Result<Self, GuestError> {
+    async fn begin(mut stream: Stream, keepalive: Duration) -> Result<Self, GuestError> {
         match stream.event().await? {
             Some(Event::Start(start)) if start.pid != 0 => Ok(Self {
                 pid: start.pid,
                 stream,
                 ended: false,
+                silence_max: keepalive.max(Duration::from_secs(1)) * KEEPALIVES_MISSED_MAX,
             }),
             other => Err(GuestError::Answer {
                 what: "a process stream",
@@ -332,13 +345,22 @@ impl Process {
         self.pid
     }
 
-    /// The next event; `None` after [`ProcessEvent::End`]. Keepalives are swallowed.
+    /// The next event; `None` after [`ProcessEvent::End`]. Keepalives are swallowed; they are how a
+    /// process that has nothing to say is told apart from a guest that does not answer any more.
     ///
     /// # Errors
-    /// The timeout came (`deadline_exceeded`), the reader was too slow, or the channel broke.
+    /// The timeout came (`deadline_exceeded`), the reader was too slow, the channel broke, or the
+    /// guest gave no sign of life ([`GuestError::Silent`]).
     pub async fn next(&mut self) -> Result<Option<ProcessEvent>, GuestError> {
         while !self.ended {
-            match self.stream.event().await? {
+            let waited = self.silence_max;
+            let event = tokio::time::timeout(waited, self.stream.event())
+                .await
+                .unwrap_or(Err(GuestError::Silent {
+                    pid: self.pid,
+                    waited,
+                }))?;
+            match event {
                 Some(Event::Data(data)) => match data.output {
                     Some(Data::Stdout(bytes)) => return Ok(Some(ProcessEvent::Stdout(bytes))),
                     Some(Data::Stderr(bytes)) => return Ok(Some(ProcessEvent::Stderr(bytes))),
@@ -429,10 +451,10 @@ impl Envd {
         let begin = async {
             let stream = self
                 .processes()
-                .start_with_options(command.request(), command.options(timeout))
+                .start_with_options(command.request(), command.options(timeout, self.keepalive))
                 .await
                 .map_err(|error| GuestError::process("Start", error))?;
-            Process::begin(Stream::Start(stream)).await
+            Process::begin(Stream::Start(stream), self.keepalive).await
         };
         self.bounded("Start", begin).await
     }
@@ -449,10 +471,10 @@ impl Envd {
         let begin = async {
             let stream = self
                 .processes()
-                .connect_with_options(request, CallOptions::default())
+                .connect_with_options(request, stream_options(self.keepalive))
                 .await
                 .map_err(|error| GuestError::process("Connect", error))?;
-            Process::begin(Stream::Connect(stream)).await
+            Process::begin(Stream::Connect(stream), self.keepalive).await
         };
         self.bounded("Connect", begin).await
     }

@@ -189,7 +189,8 @@ pub(crate) struct CreateBuildArgs {
     pub(crate) rootfs: Option<PathBuf>,
 
     /// The guest kernel's series, as `make setup` keeps it
-    #[arg(long, value_name = "SERIES", default_value = torpor_sandbox::assets::DEFAULT_KERNEL)]
+    /// [default: the one that `make setup` chose]
+    #[arg(long, value_name = "SERIES", default_value = torpor_sandbox::assets::DEFAULT_KERNEL, hide_default_value = true)]
     pub(crate) kernel: String,
 
     /// Give the guest a network: connections out, none in
@@ -236,7 +237,7 @@ pub(crate) struct ResumeBuildArgs {
     pub(crate) signal_pause: Option<PauseSignal>,
 
     /// A shell in the guest; with --to-build what is left is stored when it ends
-    #[arg(long, conflicts_with_all = ["iterations", "json"])]
+    #[arg(long, conflicts_with = "iterations")]
     pub(crate) shell: bool,
 
     /// Do it N times and print min, median and p95; of the builds that pauses make only the last

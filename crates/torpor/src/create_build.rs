@@ -10,7 +10,7 @@ use torpor_sandbox::pause::report::PauseReport;
 use torpor_sandbox::resume::{ResumeOptions, resume};
 
 use crate::cli::CreateBuildArgs;
-use crate::context::{Context, blocking};
+use crate::context::{Context, blocking, resolve};
 use crate::error::{CliError, named_file};
 use crate::guest_command::{Stdout, must_succeed, until_ready};
 use crate::{pausing, report};
@@ -63,7 +63,7 @@ async fn start(
 ) -> Result<Sandbox, CliError> {
     let progress = context.output.progress();
     if let Some(from) = &args.from_build {
-        let parent = host.storage().resolve(from)?;
+        let parent = resolve(host, from).await?;
         let options = ResumeOptions {
             progress,
             ..ResumeOptions::default()

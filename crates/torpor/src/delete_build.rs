@@ -15,18 +15,14 @@ struct Deleted {
 }
 
 pub(crate) async fn run(context: &Context, args: DeleteBuildArgs) -> Result<(), CliError> {
-    let storage = context.open_storage()?;
-    // One piece of blocking work: an interrupt between its steps would leave the name removed.
+    let storage = context.open_storage().await?;
     let deleted = blocking(move || Ok(delete(&storage, &args.build)?)).await?;
     let printed = context.output.result(&deleted, text);
     printed.map_err(CliError::system("print the result"))
 }
 
 fn delete(storage: &Storage, named: &str) -> Result<Deleted, BuildError> {
-    let by_id = named.parse::<BuildId>().is_ok();
-    let resolved = storage.resolve(named);
-    if by_id {
-        let id = resolved?;
+    if let Ok(id) = named.parse::<BuildId>() {
         storage.delete_build(&id)?;
         return Ok(Deleted {
             build: Some(id),
@@ -34,32 +30,9 @@ fn delete(storage: &Storage, named: &str) -> Result<Deleted, BuildError> {
         });
     }
     let name: Name = named.parse()?;
-    let build = match resolved {
-        Ok(id) => {
-            delete_with_name(storage, &name, &id)?;
-            Some(id)
-        }
-        // The name is all that is left of it.
-        Err(BuildError::UnknownBuild { .. }) => {
-            storage.remove_template(&name)?;
-            None
-        }
-        Err(error) => return Err(error),
-    };
     Ok(Deleted {
-        build,
+        build: storage.delete_template_and_build(&name)?,
         template: Some(name),
-    })
-}
-
-/// The name goes first, because a build that is named is not deleted; it comes back when the build
-/// stays.
-fn delete_with_name(storage: &Storage, name: &Name, id: &BuildId) -> Result<(), BuildError> {
-    storage.remove_template(name)?;
-    storage.delete_build(id).inspect_err(|_| {
-        if let Err(error) = storage.set_template(name, id) {
-            tracing::warn!(%name, %id, %error, "the template's name could not be given back");
-        }
     })
 }
 

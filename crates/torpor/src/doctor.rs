@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use rustix::fs::{Access, access, statvfs};
 use serde::Serialize;
-use torpor_pager::WriteTracking;
+use torpor_pager::{Uffd, WriteTracking};
 use torpor_sandbox::assets::{self, AssetError, Assets, DEFAULT_KERNEL};
 use torpor_vmm::KvmSupport;
 use torpor_vmm::qemu::QemuBinary;
@@ -138,7 +138,24 @@ fn kvm(support: KvmSupport) -> Check {
     .not_required()
 }
 
+/// The descriptor that a resume needs serves faults of the kernel, too (KVM's, vhost's), which not
+/// everyone may have; asking for features alone would not show that.
 fn userfaultfd() -> Check {
+    let device = access("/dev/userfaultfd", Access::READ_OK | Access::WRITE_OK).is_ok();
+    match Uffd::create() {
+        Ok(_) => with_userfaultfd(),
+        Err(_) if device => with_userfaultfd(),
+        Err(error) => Check::bad(
+            "userfaultfd",
+            format!("not permitted ({error}): a resume reads all memory before it starts"),
+            "run as root, or `sysctl vm.unprivileged_userfaultfd=1`, or give yourself read and write \
+             access to /dev/userfaultfd; in a container allow the system call",
+        )
+        .not_required(),
+    }
+}
+
+fn with_userfaultfd() -> Check {
     let name = "userfaultfd";
     match WriteTracking::best_of_host() {
         Ok(WriteTracking::Async) => Check::good(

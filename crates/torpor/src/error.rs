@@ -12,13 +12,15 @@ use torpor_sandbox::error::{StartError, StepError};
 use torpor_sandbox::pause::report::PauseStep;
 use torpor_vmm::VmmExit;
 
+use crate::context::Kept;
+
 const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 const NOT_FOUND: u8 = 3;
 const REFUSED: u8 = 4;
 const COMMAND_FAILED: u8 = 5;
 const LOST: u8 = 6;
-const INTERRUPTED: u8 = 130;
+pub(crate) const INTERRUPTED: u8 = 130;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +42,14 @@ pub(crate) enum CliError {
     NotPaused {
         step: PauseStep,
         source: Box<StepError>,
+    },
+    #[error(
+        "the shell was ended because the guest did not take the last {bytes} bytes that were typed \
+         (or took only a part of them): {source}"
+    )]
+    InputLost {
+        bytes: usize,
+        source: Box<GuestError>,
     },
     /// A pause that lost the sandbox; the failure says what is intact.
     #[error("{0}")]
@@ -78,8 +88,20 @@ pub(crate) enum CliError {
     Write { path: PathBuf, source: io::Error },
     #[error("torpor has a bug: {0}; please report it")]
     Panicked(String),
-    #[error("interrupted by {signal}; what was under way is undone")]
-    Interrupted { signal: &'static str },
+    #[error("interrupted by {signal}; {}", outcome(kept))]
+    Interrupted {
+        signal: &'static str,
+        /// What was complete all the same.
+        kept: Vec<Kept>,
+    },
+}
+
+fn outcome(kept: &[Kept]) -> String {
+    if kept.is_empty() {
+        return "what was under way is undone".to_owned();
+    }
+    let kept: Vec<_> = kept.iter().map(ToString::to_string).collect();
+    format!("but {} was complete already and stays", kept.join(", "))
 }
 
 fn last_build(parent: Option<BuildId>) -> String {
@@ -124,6 +146,7 @@ impl CliError {
             Self::Command { .. } | Self::NotReady { .. } => COMMAND_FAILED,
             Self::Interrupted { .. } => INTERRUPTED,
             Self::Guest(_)
+            | Self::InputLost { .. }
             | Self::Damaged { .. }
             | Self::HostNotReady(_)
             | Self::System { .. }

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncWrite, AsyncWriteExt as _};
-use torpor_guest::{Command, Exit, ProcessEvent};
+use torpor_guest::{Command, Exit, GuestError, ProcessEvent};
 use torpor_sandbox::Sandbox;
 
 use crate::error::CliError;
@@ -111,14 +111,19 @@ pub(crate) async fn until_ready(sandbox: &Sandbox, line: &str) -> Result<(), Cli
                     .trim_end()
                     .to_owned();
             }
-            // Its own time limit, which is ours.
-            Err(CliError::Guest(error)) if error.is_timeout() => break,
+            // Its own time limit, which is ours. A guest that does not answer is another matter.
+            Err(CliError::Guest(error)) if is_time_limit(&error) => break,
             Err(error) => return Err(error),
         }
         tokio::time::sleep(READY_INTERVAL).await;
     }
     let waited_s = READY_MAX.as_secs();
     Err(CliError::NotReady { waited_s, last })
+}
+
+/// Whether envd killed the command because its time was up.
+fn is_time_limit(error: &GuestError) -> bool {
+    error.code().is_some() && error.is_timeout()
 }
 
 /// How a process ended, in words.

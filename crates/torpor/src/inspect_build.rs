@@ -54,7 +54,7 @@ struct Validated {
 }
 
 pub(crate) async fn run(context: &Context, args: InspectBuildArgs) -> Result<(), CliError> {
-    let storage = context.open_storage()?;
+    let storage = context.open_storage().await?;
     let progress = context.output.progress();
     let (inspected, damage) = blocking(move || {
         let build = storage.open_build(&storage.resolve(&args.build)?)?;

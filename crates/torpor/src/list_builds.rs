@@ -46,7 +46,7 @@ struct BrokenTemplate {
 }
 
 pub(crate) async fn run(context: &Context) -> Result<(), CliError> {
-    let storage = context.open_storage()?;
+    let storage = context.open_storage().await?;
     let list = blocking(move || list(&storage)).await?;
     let printed = context.output.result(&list, text);
     printed.map_err(CliError::system("print the result"))

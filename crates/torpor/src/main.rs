@@ -19,6 +19,7 @@ mod error;
 mod fph_bench;
 mod guest_command;
 mod inspect_build;
+mod interrupt;
 mod list_builds;
 mod memory_map;
 mod output;
@@ -40,8 +41,8 @@ use tracing_subscriber::EnvFilter;
 use crate::cli::{Cli, Command};
 use crate::context::Context;
 use crate::error::CliError;
+use crate::interrupt::Awaited;
 use crate::output::Output;
-use crate::signal::{Interrupts, PauseSignal};
 
 /// Longest wait, after the command has ended, for threads that still write or read a file for it.
 /// They stop by themselves; only storage that hangs takes long, and what they leave then is swept by
@@ -69,23 +70,23 @@ fn execute(cli: Cli, output: Output) -> Result<(), CliError> {
         Command::ResumeBuild(args) => args.signal_pause,
         _ => None,
     };
-    let done = runtime.block_on(until_interrupted(&context, cli.command, pause_signal));
+    let awaited = Awaited::default();
+    let interrupt = interrupt::listen(pause_signal, output, awaited.clone())
+        .map_err(CliError::system("listen for signals"))?;
+    let done = runtime.block_on(async {
+        tokio::select! {
+            // Whatever is under way is dropped here: its VMM is killed, what it staged is removed.
+            done = dispatch(&context, cli.command) => done,
+            Ok(signal) = interrupt => Err(CliError::Interrupted { signal, kept: Vec::new() }),
+        }
+    });
+    awaited.set("files of the storage that are still being read or written");
     runtime.shutdown_timeout(BLOCKING_WORK_MAX);
-    context.clean_up();
-    done
-}
-
-async fn until_interrupted(
-    context: &Context,
-    command: Command,
-    pause_signal: Option<PauseSignal>,
-) -> Result<(), CliError> {
-    let mut interrupts =
-        Interrupts::all_but(pause_signal).map_err(CliError::system("listen for signals"))?;
-    tokio::select! {
-        // Whatever is under way is dropped here: its VMM is killed, what it staged is removed.
-        done = dispatch(context, command) => done,
-        signal = interrupts.next() => Err(CliError::Interrupted { signal }),
+    awaited.set("the deletion of builds that were not finished");
+    let kept = context.clean_up();
+    match done {
+        Err(CliError::Interrupted { signal, .. }) => Err(CliError::Interrupted { signal, kept }),
+        done => done,
     }
 }
 

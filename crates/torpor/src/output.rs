@@ -1,5 +1,6 @@
 //! The only place that speaks: results on standard output, progress and hints on standard error.
 
+use std::borrow::Cow;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -34,7 +35,7 @@ impl Output {
             serde_json::to_writer_pretty(&mut out, result)?;
             writeln!(out)
         } else {
-            writeln!(out, "{}", text(result).trim_end())
+            writeln!(out, "{}", printable(text(result).trim_end()))
         }
     }
 
@@ -42,7 +43,7 @@ impl Output {
     #[expect(clippy::unused_self, reason = "whoever speaks holds an Output")]
     pub(crate) fn note(self, text: &str) {
         // A closed standard error is nobody to complain to.
-        drop(writeln!(io::stderr(), "{text}"));
+        drop(writeln!(io::stderr(), "{}", printable(text)));
     }
 
     /// Progress of a long operation: a spinner with the step's name on a terminal, one line a step
@@ -80,6 +81,28 @@ impl Output {
 
 /// How often the spinner turns.
 const SPINNER_TICK: Duration = Duration::from_millis(100);
+
+/// Text that may quote a guest, made harmless to the operator's terminal: whatever could move the
+/// cursor, change colours or titles, or turn the direction of reading is shown escaped.
+pub(crate) fn printable(text: &str) -> Cow<'_, str> {
+    let harmless = |c: char| c == '\n' || c == '\t' || !(c.is_control() || turns_direction(c));
+    if text.chars().all(harmless) {
+        return Cow::Borrowed(text);
+    }
+    let escape = |c: char| {
+        if harmless(c) {
+            c.to_string()
+        } else {
+            c.escape_default().to_string()
+        }
+    };
+    Cow::Owned(text.chars().map(escape).collect())
+}
+
+/// Unicode's invisible marks that reorder the text around them.
+fn turns_direction(c: char) -> bool {
+    matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
 
 /// `7.2 ms`, `1.35 s`.
 pub(crate) fn ms(ms: f64) -> String {
@@ -125,6 +148,16 @@ fn is_figure(cell: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_cannot_write_to_the_operators_terminal_through_a_message() {
+        let hostile = "exit \u{1b}]0;owned\u{7}\u{1b}[2J\r\u{9b}1m\u{202e}\nnext\tline ü";
+        let shown = printable(hostile);
+        assert_eq!(
+            shown,
+            "exit \\u{1b}]0;owned\\u{7}\\u{1b}[2J\\r\\u{9b}1m\\u{202e}\nnext\tline ü"
+        );
+    }
 
     #[test]
     fn figures_stand_right_and_text_stands_left() {

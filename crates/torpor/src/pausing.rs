@@ -55,6 +55,7 @@ pub(crate) async fn into_build(
             sandbox,
             step,
             source,
+            ..
         }) => {
             sandbox.end().await;
             let source = Box::new(source);

@@ -13,7 +13,7 @@ use torpor_sandbox::resume::{ResumeOptions, ResumeReport, resume};
 use torpor_sandbox::run_times::RunTimes;
 
 use crate::cli::ResumeBuildArgs;
-use crate::context::{Context, blocking};
+use crate::context::{Context, blocking, resolve};
 use crate::error::CliError;
 use crate::guest_command::{Stdout, must_succeed, status};
 use crate::signal_pause::PauseTrigger;
@@ -46,13 +46,7 @@ impl<'a> Task<'a> {
         } else {
             Self::Nothing
         };
-        match task {
-            Self::Nothing if args.to_build.is_some() => Err(CliError::Usage(
-                "--to-build needs a pause: --pause, --cmd-pause, --signal-pause or --shell"
-                    .to_owned(),
-            )),
-            task => Ok(task),
-        }
+        Ok(task)
     }
 
     fn pauses(&self) -> bool {
@@ -112,12 +106,42 @@ struct Resumed {
     text: String,
 }
 
+/// Refuses combinations that the parser cannot see: a global option may stand before the subcommand,
+/// and whether there is a pause takes several options to know.
+fn consistent(args: &ResumeBuildArgs, json: bool) -> Result<(), CliError> {
+    let wrong = |said: &str| Err(CliError::Usage(said.to_owned()));
+    if args.shell && json {
+        return wrong(
+            "--shell has a person's terminal for its output, so it cannot go with --json",
+        );
+    }
+    let may_pause = args.pause || args.cmd_pause.is_some() || args.signal_pause.is_some();
+    if args.to_build.is_some() && !may_pause && !args.shell {
+        return wrong("--to-build needs a pause: --pause, --cmd-pause, --signal-pause or --shell");
+    }
+    let pauses = may_pause || args.fph_bench || (args.shell && args.to_build.is_some());
+    if !pauses && (args.run.reclaim || args.run.fph_timeout_ms.is_some()) {
+        return wrong(
+            "--reclaim and --fph-timeout-ms are about a pause, and here is none: add --pause, \
+             --cmd-pause, --signal-pause, --fph-bench, or --to-build for --shell",
+        );
+    }
+    if args.fph_bench && args.run.fph_timeout_ms == Some(0) {
+        return wrong(
+            "--fph-bench compares with and without a drain: give --fph-timeout-ms above 0",
+        );
+    }
+    Ok(())
+}
+
 pub(crate) async fn run(context: &Context, args: ResumeBuildArgs) -> Result<(), CliError> {
+    consistent(&args, context.output.is_json())?;
     let mut task = Task::of(&args)?;
     let host = context.open_host(&args.run).await?;
-    let from = host.storage().resolve(&args.from_build)?;
+    let from = resolve(&host, &args.from_build).await?;
     if let Some(to) = args.to_build {
         pausing::must_be_free(&host, to).await?;
+        context.will_make(to);
     }
     if let (true, Some(line)) = (args.fph_bench, &args.cmd) {
         return Box::pin(fph_bench::run(context, &host, from, line, &args)).await;

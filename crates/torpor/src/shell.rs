@@ -4,8 +4,11 @@
 //! - The host's terminal is in raw mode only while a [`RawTerminal`] lives; it is restored on every
 //!   way out, a dropped future and a panic included.
 //! - Input and output are independent: a guest that reads no input still shows its output.
+//! - What is typed arrives, in order, or the shell ends with an error that says how much did not:
+//!   input is held back while the guest does not take it, and nothing is sent twice.
 
 use std::io::{self, Read as _};
+use std::time::Duration;
 
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 use tokio::signal::unix::{SignalKind, signal};
@@ -24,6 +27,11 @@ const DEFAULT_SIZE: PtySize = PtySize { cols: 80, rows: 24 };
 const INPUT_BYTES: usize = 4096;
 /// Pieces of input on their way to the guest; beyond that the host's terminal waits.
 const INPUT_QUEUE: usize = 16;
+/// How long a piece of input waits for a guest program that does not read: as long as a person would
+/// look at it. A guest that does not answer at all is noticed much earlier, by its output's stream.
+const INPUT_PATIENCE: Duration = Duration::from_secs(600);
+/// After input was refused: how long the shell's end may take to be told, if that is the reason.
+const END_TOLD_MAX: Duration = Duration::from_secs(10);
 /// What a terminal sends for ctrl-D, which ends a shell's input.
 const END_OF_INPUT: &[u8] = &[4];
 
@@ -106,10 +114,18 @@ async fn forward_input(sandbox: &Sandbox, process: &Selector) -> CliError {
         // Nobody left to tell that the input has ended: the shell has, too.
         drop(sender.blocking_send(END_OF_INPUT.to_vec()));
     });
+    let envd = sandbox.envd().with_deadline(INPUT_PATIENCE);
     while let Some(bytes) = typed.recv().await {
-        if let Err(error) = sandbox.envd().send_pty(process, &bytes).await {
-            // A shell that ends takes its terminal with it; its end is about to be told.
+        if let Err(error) = envd.send_pty(process, &bytes).await {
             tracing::debug!(%error, "input not taken");
+            if !error.is_timeout() {
+                // A shell that ends takes its terminal with it; then its end is told instead.
+                tokio::time::sleep(END_TOLD_MAX).await;
+            }
+            return CliError::InputLost {
+                bytes: bytes.len(),
+                source: Box::new(error),
+            };
         }
     }
     std::future::pending().await

@@ -225,6 +225,57 @@ fn a_name_or_option_that_cannot_be_is_a_mistake_in_the_command_line() {
 }
 
 #[test]
+fn options_that_would_do_nothing_are_refused() {
+    let place = Place::new();
+    let resume = ["resume-build", "--from-build", "x"];
+    for (more, said) in [
+        (&["--shell", "--json"][..], "--shell"),
+        (&["--reclaim"], "about a pause"),
+        (&["--cmd", "true", "--fph-timeout-ms", "5"], "about a pause"),
+        (&["--shell", "--reclaim"], "about a pause"),
+        (
+            &["--cmd", "true", "--fph-bench", "--fph-timeout-ms", "0"],
+            "above 0",
+        ),
+    ] {
+        place.torpor(&[&resume, more].concat()).fails(2, said);
+    }
+    // The global option stands before the subcommand: the parser does not see the two together.
+    place
+        .torpor(&[&["--json"], &resume[..], &["--shell"]].concat())
+        .fails(2, "--shell");
+}
+
+#[test]
+fn a_second_interrupt_ends_a_clean_up_that_hangs() {
+    let place = Place::new();
+    place.storage();
+    // Storage that hangs: a name that is read for ever.
+    let pipe = place.storage_dir().join("templates/stuck");
+    let made = Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success());
+    let mut command = place.command(&["inspect-build", "stuck"]);
+    let torpor = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let torpor = Running(torpor.spawn().unwrap());
+    let status = PathBuf::from(format!("/proc/{}/task", torpor.0.id()));
+    let waits_for_the_pipe = || {
+        fs::read_dir(&status).unwrap().flatten().any(|task| {
+            fs::read_to_string(task.path().join("wchan")).is_ok_and(|at| at == "wait_for_partner")
+                || fs::read_to_string(task.path().join("syscall"))
+                    .is_ok_and(|call| call.starts_with("257 "))
+        })
+    };
+    until("it hangs", waits_for_the_pipe);
+    torpor.kill("INT");
+    std::thread::sleep(Duration::from_millis(500));
+    torpor.kill("INT");
+    let began = Instant::now();
+    let done = torpor.done();
+    assert!(began.elapsed() < Duration::from_secs(20), "it waited");
+    done.fails(130, "files of the storage");
+}
+
+#[test]
 fn files_that_are_named_and_missing_are_said_so() {
     let place = Place::new();
     for (option, role) in [

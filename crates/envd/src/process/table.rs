@@ -76,11 +76,16 @@ impl Table {
     }
 
     /// Moves a process to those that have ended, and forgets the oldest of them.
-    pub(crate) fn end(&self, pid: u32) {
+    ///
+    /// Compared by identity: once a process is reaped, the kernel may have given its id to another
+    /// one that runs already; that one keeps its place.
+    pub(crate) fn end(&self, entry: &Arc<Entry>) {
         self.with(|state| {
             let now = Instant::now();
-            if let Some(entry) = state.running.remove(&pid) {
-                state.ended.push_back((now, entry));
+            let listed = state.running.get(&entry.pid);
+            if listed.is_some_and(|listed| Arc::ptr_eq(listed, entry)) {
+                state.running.remove(&entry.pid);
+                state.ended.push_back((now, Arc::clone(entry)));
             }
             let old = |(at, _): &(Instant, Arc<Entry>)| now.duration_since(*at) > ENDED_KEPT;
             while state.ended.len() > ENDED_MAX || state.ended.front().is_some_and(old) {
@@ -115,5 +120,35 @@ impl Entry {
             Key::Pid(pid) => self.pid == *pid,
             Key::Tag(tag) => self.tag.as_ref() == Some(tag),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::fanout;
+
+    fn entry(pid: u32, tag: &str) -> Arc<Entry> {
+        Arc::new(Entry {
+            pid,
+            tag: Some(tag.to_owned()),
+            config: ProcessConfig::default(),
+            fanout: Fanout::new(fanout::LIMITS),
+            input: Input::Pipe(AsyncMutex::new(None)),
+        })
+    }
+
+    #[tokio::test]
+    async fn a_process_whose_id_was_given_again_does_not_end_its_successor() {
+        let table = Table::default();
+        let (first, second) = (entry(7, "first"), entry(7, "second"));
+        table.insert(Arc::clone(&first));
+        table.insert(Arc::clone(&second));
+        table.end(&first);
+        let running = table.find(&Key::Pid(7)).unwrap();
+        assert!(Arc::ptr_eq(&running, &second));
+        table.end(&second);
+        assert!(table.find(&Key::Pid(7)).is_none());
+        assert!(Arc::ptr_eq(&table.find_any(&Key::Pid(7)).unwrap(), &second));
     }
 }

@@ -1,0 +1,440 @@
+//! The whole program on a real guest, as a person types it: build, layer, resume, pause, shell,
+//! inspect, delete, and what an interrupt or a kill leaves behind.
+//!
+//! One test in one storage, because the boot of the template is what costs; each step is a function.
+//! Needs what `make setup` fetched, and the agent that `TORPOR_ENVD` names.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "tests are documented by their names and fail by panicking, helpers included"
+)]
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Generous: guests are emulated, and the machine may be busy with other tests.
+const DEADLINE: Duration = Duration::from_secs(180);
+
+struct Place {
+    dir: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn storage(&self) -> PathBuf {
+        self.dir.path().join("storage")
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_torpor"));
+        command
+            .arg("--storage")
+            .arg(self.storage())
+            .args(args)
+            .env_remove("TORPOR_STORAGE")
+            .env_remove("TORPOR_FLAGS")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn start(&self, args: &[&str]) -> Running {
+        Running(Some(self.command(args).spawn().unwrap()))
+    }
+
+    fn run(&self, args: &[&str]) -> Done {
+        self.start(args).done()
+    }
+
+    #[track_caller]
+    fn succeeds(&self, args: &[&str]) -> Done {
+        let done = self.run(args);
+        assert_eq!(done.code, 0, "{args:?}: {}", done.stderr);
+        done
+    }
+
+    #[track_caller]
+    fn json(&self, args: &[&str]) -> Value {
+        let done = self.succeeds(args);
+        serde_json::from_str(&done.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {} {}", done.stdout, done.stderr))
+    }
+
+    fn builds(&self) -> usize {
+        let list = self.json(&["list-builds", "--json"]);
+        list["builds"].as_array().unwrap().len()
+    }
+
+    fn left_in(&self, dir: &str) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.storage().join(dir)).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
+    #[track_caller]
+    fn nothing_is_left(&self) {
+        for dir in ["run", "staging"] {
+            let left = self.left_in(dir);
+            assert!(left.is_empty(), "{dir}: {left:?}");
+        }
+    }
+}
+
+struct Done {
+    code: i32,
+    stdout: String,
+    stderr: String,
+}
+
+/// A torpor that does not outlive its test.
+struct Running(Option<Child>);
+
+impl Running {
+    fn pid(&self) -> u32 {
+        self.0.as_ref().unwrap().id()
+    }
+
+    fn signal(&self, name: &str) {
+        let pid = self.pid().to_string();
+        let sent = Command::new("kill").args(["-s", name, &pid]).status();
+        assert!(sent.unwrap().success());
+    }
+
+    /// Its VMM: the only child that it keeps.
+    fn vmm(&self) -> u32 {
+        let mut found = None;
+        until("the VMM runs", || {
+            found = children(self.pid()).into_iter().find(|pid| {
+                fs::read_to_string(format!("/proc/{pid}/cmdline"))
+                    .is_ok_and(|line| line.contains("memory-backend"))
+            });
+            found.is_some()
+        });
+        found.unwrap()
+    }
+
+    /// Reads both ends while it waits, so that much output cannot stop it.
+    fn done(mut self) -> Done {
+        let child = self.0.take().unwrap();
+        let pid = child.id();
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        std::thread::spawn(move || drop(sender.send(child.wait_with_output())));
+        let Ok(output) = receiver.recv_timeout(DEADLINE) else {
+            drop(
+                Command::new("kill")
+                    .args(["-s", "KILL", &pid.to_string()])
+                    .status(),
+            );
+            panic!("torpor does not end");
+        };
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = output.unwrap();
+        Done {
+            code: status.code().unwrap_or(-1),
+            stdout: String::from_utf8(stdout).unwrap(),
+            stderr: String::from_utf8(stderr).unwrap(),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            drop(child.kill());
+            drop(child.wait());
+        }
+    }
+}
+
+fn children(parent: u32) -> Vec<u32> {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+        after_name.split_ascii_whitespace().nth(1) == Some(&parent.to_string())
+    })
+    .collect()
+}
+
+#[track_caller]
+fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < DEADLINE, "it never came true: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Ended and reaped, or at least a zombie of whoever adopted it.
+#[track_caller]
+fn is_gone(pid: u32) {
+    until("the VMM is gone", || {
+        fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
+    });
+}
+
+fn id_of(json: &Value, key: &str) -> String {
+    json[key]
+        .as_str()
+        .unwrap_or_else(|| panic!("no {key}: {json}"))
+        .to_owned()
+}
+
+#[test]
+fn a_guest_is_built_resumed_paused_inspected_and_deleted() {
+    let place = Place::new();
+    templates_and_layers(&place);
+    commands(&place);
+    let paused = pauses(&place);
+    a_shell(&place);
+    a_bench(&place);
+    what_was_made_is_whole(&place, &paused);
+    interrupts(&place);
+    a_killed_torpor(&place);
+    deletion(&place, &paused);
+    place.nothing_is_left();
+}
+
+fn templates_and_layers(place: &Place) {
+    let made = place.json(&[
+        "create-build",
+        "--template",
+        "base",
+        "--memory",
+        "256M",
+        "--disk",
+        "1G",
+        "--setup-cmd",
+        "echo installed > /root/setup; (sleep 1; touch /run/up) > /dev/null 2>&1 &",
+        "--ready-cmd",
+        "test -e /run/up",
+        "--json",
+    ]);
+    let base = id_of(&made, "build");
+    assert_eq!(made["parent"], Value::Null);
+    let made = place.json(&[
+        "--json",
+        "create-build",
+        "--template",
+        "layer",
+        "--from-build",
+        "base",
+        "--setup-cmd",
+        "test -e /run/up && cat /root/setup > /root/copy",
+        "--reclaim",
+        "--fph-timeout-ms",
+        "1500",
+    ]);
+    assert_eq!(made["parent"], base.as_str());
+    // A template whose set-up fails is none.
+    let done = place.run(&[
+        "create-build",
+        "--template",
+        "bad",
+        "--from-build",
+        "base",
+        "--setup-cmd",
+        "exit 9",
+    ]);
+    assert_eq!(done.code, 5, "{}", done.stderr);
+    assert!(done.stderr.contains("--setup-cmd") && done.stderr.contains("exit status 9"));
+    assert_eq!(place.builds(), 2);
+    place.nothing_is_left();
+}
+
+fn commands(place: &Place) {
+    let done = place.succeeds(&[
+        "resume-build",
+        "--from-build",
+        "layer",
+        "--cmd",
+        "cat /root/copy",
+    ]);
+    assert!(done.stdout.starts_with("installed\n"), "{}", done.stdout);
+    let failing = "printf '\\033[31mred' >&2; exit 3";
+    let done = place.run(&["resume-build", "--from-build", "layer", "--cmd", failing]);
+    assert_eq!(done.code, 5, "{}", done.stderr);
+    assert!(done.stderr.contains("exit status 3"), "{}", done.stderr);
+    assert_eq!(place.builds(), 2);
+
+    let twice = place.json(&[
+        "resume-build",
+        "--from-build",
+        "layer",
+        "--iterations",
+        "2",
+        "--cold",
+        "--json",
+        "--cmd",
+        "echo not for standard output",
+    ]);
+    assert_eq!(twice["iterations"].as_array().unwrap().len(), 2);
+    assert!(twice["times"]["total"]["median_ms"].is_number(), "{twice}");
+}
+
+/// The build that `--cmd-pause` made.
+fn pauses(place: &Place) -> String {
+    let to = "0b2ad4a8-6a1e-4a7f-9d53-0f1c7d1a2b3c";
+    let paused = place.json(&[
+        "resume-build",
+        "--from-build",
+        "layer",
+        "--cmd-pause",
+        "echo kept > /root/kept",
+        "--to-build",
+        to,
+        "--json",
+    ]);
+    assert_eq!(paused["to_build"], to);
+    let again = place.json(&["resume-build", "--from-build", to, "--pause", "--json"]);
+    let second = id_of(&again, "to_build");
+    let done = place.succeeds(&[
+        "resume-build",
+        "--from-build",
+        &second,
+        "--cmd",
+        "cat /root/kept",
+    ]);
+    assert!(done.stdout.starts_with("kept\n"), "{}", done.stdout);
+
+    let args = [
+        "resume-build",
+        "--from-build",
+        to,
+        "--signal-pause",
+        "USR1",
+        "--json",
+    ];
+    let running = place.start(&args);
+    running.vmm();
+    running.signal("USR1");
+    let done = running.done();
+    assert_eq!(done.code, 0, "{}", done.stderr);
+    let third: Value = serde_json::from_str(&done.stdout).unwrap();
+    for id in [second, id_of(&third, "to_build")] {
+        place.succeeds(&["delete-build", &id]);
+    }
+    to.to_owned()
+}
+
+fn a_shell(place: &Place) {
+    let mut command = place.command(&["resume-build", "--from-build", "layer", "--shell"]);
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    let mut typed = child.stdin.take().unwrap();
+    typed.write_all(b"echo sum $((40 + 2))\nexit\n").unwrap();
+    let done = Running(Some(child)).done();
+    drop(typed);
+    assert_eq!(done.code, 0, "{}", done.stderr);
+    assert!(done.stdout.contains("sum 42"), "{}", done.stdout);
+    assert!(done.stderr.contains("the shell ended"), "{}", done.stderr);
+}
+
+fn a_bench(place: &Place) {
+    let before = place.builds();
+    let compared = place.json(&[
+        "resume-build",
+        "--from-build",
+        "layer",
+        "--cmd",
+        "head -c 8000000 /dev/urandom > /dev/shm/f; rm /dev/shm/f",
+        "--fph-bench",
+        "--fph-timeout-ms",
+        "1500",
+        "--json",
+    ]);
+    assert_eq!(compared["drain_ceiling_ms"], 1500);
+    assert!(compared["stored_ratio"].is_number(), "{compared}");
+    assert_eq!(place.builds(), before, "both builds are deleted again");
+}
+
+fn what_was_made_is_whole(place: &Place, paused: &str) {
+    let svg = place.dir.path().join("map.svg");
+    let done = place.succeeds(&[
+        "inspect-build",
+        paused,
+        "--validate",
+        "--recursive",
+        "--svg",
+        svg.to_str().unwrap(),
+    ]);
+    assert!(done.stdout.contains("whole: 3 build(s)"), "{}", done.stdout);
+    assert!(fs::read_to_string(&svg).unwrap().contains("<svg"));
+    let list = place.succeeds(&["list-builds"]).stdout;
+    assert!(list.contains("base") && list.contains(paused), "{list}");
+}
+
+fn interrupts(place: &Place) {
+    let before = place.builds();
+    let sleeping = [
+        "resume-build",
+        "--from-build",
+        "layer",
+        "--cmd",
+        "echo up; sleep 600",
+    ];
+    let pausing = ["resume-build", "--from-build", "layer", "--pause"];
+    for (args, moment) in [(&sleeping[..], "run"), (&pausing[..], "staging")] {
+        let running = place.start(args);
+        let vmm = running.vmm();
+        // For the pause: when it has begun to write.
+        until("it is under way", || !place.left_in(moment).is_empty());
+        running.signal("INT");
+        let done = running.done();
+        assert_eq!(done.code, 130, "{}", done.stderr);
+        assert!(done.stderr.contains("is undone"), "{}", done.stderr);
+        is_gone(vmm);
+        place.nothing_is_left();
+        assert_eq!(place.builds(), before);
+    }
+}
+
+fn a_killed_torpor(place: &Place) {
+    let before = place.builds();
+    let running = place.start(&[
+        "resume-build",
+        "--from-build",
+        "layer",
+        "--cmd",
+        "sleep 600",
+    ]);
+    let vmm = running.vmm();
+    running.signal("KILL");
+    assert_eq!(running.done().code, -1);
+    is_gone(vmm);
+    assert!(
+        !place.left_in("run").is_empty(),
+        "a killed program cleans nothing"
+    );
+    place.succeeds(&["resume-build", "--from-build", "layer"]);
+    place.nothing_is_left();
+    assert_eq!(place.builds(), before);
+}
+
+fn deletion(place: &Place, paused: &str) {
+    for (build, because) in [("base", "layer"), ("layer", paused)] {
+        let done = place.run(&["delete-build", build]);
+        assert_eq!(done.code, 4, "{}: {}", because, done.stderr);
+    }
+    for build in [paused, "layer", "base"] {
+        place.succeeds(&["delete-build", build]);
+    }
+    assert_eq!(place.builds(), 0);
+    let builds: &Path = &place.storage().join("builds");
+    assert_eq!(fs::read_dir(builds).unwrap().count(), 0);
+}
