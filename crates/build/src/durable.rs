@@ -61,6 +61,11 @@ pub(crate) fn rename_to_new(from: &Path, to: &Path) -> Result<()> {
     rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).context("rename to", to)
 }
 
+/// Renames over what is there; does not sync.
+pub(crate) fn rename_over(from: &Path, to: &Path) -> Result<()> {
+    rustix::fs::renameat(CWD, from, CWD, to).context("rename to", to)
+}
+
 /// Renames within one directory, over what is there, and syncs the directory.
 ///
 /// The file's bytes must have been synced before: otherwise a crash can leave the new name with
@@ -138,7 +143,7 @@ fn temporary_name(path: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-fn parent_of(path: &Path) -> &Path {
+pub(crate) fn parent_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -1,4 +1,7 @@
 //! Base images and kernels: kept by the digest of their content, never changed.
+//!
+//! Names are digests, a kernel's configuration's too: whether a file is still what was imported
+//! can be told by reading it. An import does, and puts a good copy in the place of a damaged one.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::Read;
@@ -10,37 +13,37 @@ use crate::error::{Error, IoContext, Result};
 use crate::ids::{BuildId, Digest};
 use crate::page::{PAGE_SIZE, is_zero};
 use crate::staging::StagingDir;
-use crate::storage::Storage;
+use crate::storage::{Storage, list_dir};
 
 /// Base images and kernels are read by guests and never written.
 const OBJECT_MODE: u32 = 0o400;
 /// Bytes read at a time.
 const COPY_BYTES: usize = 1 << 20;
 const KERNEL_FILE: &str = "vmlinux";
-const KERNEL_CONFIG_FILE: &str = "config";
+/// Followed by the digest of the configuration.
+const KERNEL_CONFIG_PREFIX: &str = "config-";
 
 impl Storage {
     /// Copies a base image into the storage, with holes where it has zeros, and gives its digest.
-    /// One that is there already is not copied again.
+    /// One that is there already and whole is not copied again.
     ///
     /// # Errors
     /// When it cannot be read or copied.
     pub fn import_image(&self, path: &Path) -> Result<Digest> {
         let known = digest_of_file(path)?;
-        if self.image_path(&known).is_ok() {
+        let images = self.dir("images");
+        if is_whole(&images.join(known.to_string()), &known) {
             return Ok(known);
         }
         let staged = self.stage_import()?;
         let copy = staged.path().join("image");
         // What was copied counts: the file may have changed since it was first read.
         let digest = copy_sparse(path, &copy)?;
+        let to = images.join(digest.to_string());
         let lock = self.lock()?;
-        let images = self.dir("images");
-        if self.image_path(&digest).is_err() {
-            let to = images.join(digest.to_string());
-            durable::step("import-rename", &to, || durable::rename_to_new(&copy, &to))?;
-            durable::step("import-dir-sync", &images, || durable::sync_dir(&images))?;
-        }
+        // Over a damaged one, or one that another import has just brought: equal, then.
+        durable::step("import-rename", &to, || durable::rename_over(&copy, &to))?;
+        durable::step("import-dir-sync", &images, || durable::sync_dir(&images))?;
         drop(lock);
         Ok(digest)
     }
@@ -62,26 +65,39 @@ impl Storage {
     }
 
     /// Copies a kernel, and its configuration if there is one, and gives the kernel's digest.
-    /// One that is there already is not copied again; a configuration is added to it if it had
-    /// none.
+    /// One that is there already and whole is left alone; a configuration is added to it if it had
+    /// none that is whole.
     ///
     /// # Errors
     /// When they cannot be read or copied.
     pub fn import_kernel(&self, vmlinux: &Path, config: Option<&Path>) -> Result<Digest> {
-        let staged = self.stage_import()?;
+        let mut staged = self.stage_import()?;
         let digest = copy_sparse(vmlinux, &staged.path().join(KERNEL_FILE))?;
-        if let Some(config) = config {
-            copy_sparse(config, &staged.path().join(KERNEL_CONFIG_FILE))?;
-        }
+        let config = match config {
+            Some(config) => Some(stage_config(config, staged.path())?),
+            None => None,
+        };
         durable::sync_dir(staged.path())?;
-        let _lock = self.lock()?;
         let to = self.kernel_dir(&digest);
+        let mut missing: Vec<String> = Vec::new();
+        if !is_whole(&to.join(KERNEL_FILE), &digest) {
+            missing.push(KERNEL_FILE.to_owned());
+        }
+        let kept = self.kernel_config(&digest);
+        if !kept.is_some_and(|(path, digest)| is_whole(&path, &digest)) {
+            missing.extend(config.clone());
+        }
+        let _lock = self.lock()?;
         if !to.exists() {
             // The directory stays locked until the guard returned here is dropped; nobody minds.
             drop(staged.publish(&to, &self.dir("kernels"), "import")?);
-        } else if config.is_some() && self.kernel_config_path(&digest).is_none() {
-            let from = staged.path().join(KERNEL_CONFIG_FILE);
-            durable::rename_to_new(&from, &to.join(KERNEL_CONFIG_FILE))?;
+        } else if !missing.is_empty() {
+            for name in &missing {
+                durable::rename_over(&staged.path().join(name), &to.join(name))?;
+            }
+            if config.as_ref().is_some_and(|name| missing.contains(name)) {
+                remove_other_configs(&to, config.as_deref())?;
+            }
             durable::sync_dir(&to)?;
         }
         Ok(digest)
@@ -110,23 +126,62 @@ impl Storage {
     /// Where a kernel's configuration is, if it came with one.
     #[must_use]
     pub fn kernel_config_path(&self, digest: &Digest) -> Option<PathBuf> {
-        let path = self.kernel_dir(digest).join(KERNEL_CONFIG_FILE);
-        path.is_file().then_some(path)
+        self.kernel_config(digest).map(|(path, _)| path)
+    }
+
+    /// Where a kernel's configuration is, and its digest.
+    pub(crate) fn kernel_config(&self, digest: &Digest) -> Option<(PathBuf, Digest)> {
+        let dir = self.kernel_dir(digest);
+        let names = list_dir(&dir).ok()?;
+        names.iter().find_map(|name| {
+            let digest = name.strip_prefix(KERNEL_CONFIG_PREFIX)?.parse().ok()?;
+            Some((dir.join(name), digest))
+        })
     }
 
     fn stage_import(&self) -> Result<StagingDir> {
         let id = BuildId::random();
         let lock = self.lock()?;
         // A random name is never taken.
-        StagingDir::create(self, &lock, &format!("import-{id}"))?.ok_or(Error::BuildBusy { id })
+        StagingDir::create(self, lock, &format!("import-{id}"))?.ok_or(Error::BuildBusy { id })
     }
+}
+
+/// Copies a configuration to where its name tells its digest; gives that name.
+fn stage_config(config: &Path, staged: &Path) -> Result<String> {
+    let copy = staged.join("config.tmp");
+    let name = format!("{KERNEL_CONFIG_PREFIX}{}", copy_sparse(config, &copy)?);
+    durable::rename_over(&copy, &staged.join(&name))?;
+    Ok(name)
+}
+
+/// Removes damaged configurations, once `kept` has taken their place.
+fn remove_other_configs(kernel_dir: &Path, kept: Option<&str>) -> Result<()> {
+    for name in list_dir(kernel_dir)? {
+        if name.starts_with(KERNEL_CONFIG_PREFIX) && Some(name.as_str()) != kept {
+            let path = kernel_dir.join(name);
+            fs::remove_file(&path).context("delete", &path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file is there and has this digest. One that cannot be read is as good as damaged.
+fn is_whole(path: &Path, digest: &Digest) -> bool {
+    digest_of_file(path).is_ok_and(|found| found == *digest)
 }
 
 /// The digest of a file's content.
 pub(crate) fn digest_of_file(path: &Path) -> Result<Digest> {
+    digest_with(path, |_| ())
+}
+
+/// As [`digest_of_file`]; `progress` is told the length of each chunk that has been read.
+pub(crate) fn digest_with(path: &Path, mut progress: impl FnMut(u64)) -> Result<Digest> {
     let mut hasher = blake3::Hasher::new();
     read_chunks(path, |chunk, _| {
         hasher.update(chunk);
+        progress(chunk.len() as u64);
         Ok(())
     })?;
     Ok(hasher.finalize().into())

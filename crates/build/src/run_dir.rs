@@ -1,6 +1,6 @@
 //! What a running sandbox keeps on the host, and what is cleared away after those that died.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{DirBuilder, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -10,8 +10,8 @@ use rustix::fs::{FlockOperation, flock};
 use crate::durable::{self, DIR_MODE};
 use crate::error::{Error, IoContext, Result};
 use crate::ids::Name;
-use crate::staging::StagingDir;
-use crate::storage::{Storage, list_dir};
+use crate::staging::{StagingDir, remove_all};
+use crate::storage::{Storage, StorageLock, list_dir};
 
 /// The file whose lock says that the sandbox's owner lives.
 const OWNER_FILE: &str = "owner";
@@ -34,19 +34,29 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.path) {
+        if let Err(error) = remove_all(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "run directory not removed");
         }
     }
 }
 
 /// What [`Storage::sweep`] removed.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct SweepReport {
     /// Left-over builds and imports, and builds whose deletion was cut short.
     pub staging: Vec<String>,
     /// Sandboxes whose owner is gone.
     pub sandboxes: Vec<Name>,
+    /// What could not be looked at or removed; it stays, and is tried again the next time.
+    pub failures: Vec<Error>,
+}
+
+impl SweepReport {
+    /// One left-over that cannot be removed must not stand in the way of everything else.
+    fn failed(&mut self, error: Error) {
+        tracing::warn!(%error, "a left-over stays; remove it by hand if it stays for good");
+        self.failures.push(error);
+    }
 }
 
 impl Storage {
@@ -55,17 +65,17 @@ impl Storage {
     /// # Errors
     /// [`Error::SandboxBusy`] while another process runs it. What a dead one left is removed.
     pub fn run_dir(&self, sandbox: &Name) -> Result<RunDir> {
-        let _lock = self.lock()?;
+        let lock = self.lock()?;
         let path = self.run_path(sandbox);
-        match adopt(&path)? {
-            Adopted::NotThere => {}
+        let left_over = match adopt(&path)? {
+            Adopted::NotThere => None,
             Adopted::Busy => {
                 return Err(Error::SandboxBusy {
                     sandbox: sandbox.clone(),
                 });
             }
-            Adopted::Ours(left_over) => drop(left_over),
-        }
+            Adopted::Ours(left_over) => left_over.set_aside(self, &lock)?,
+        };
         DirBuilder::new()
             .mode(DIR_MODE)
             .create(&path)
@@ -73,6 +83,8 @@ impl Storage {
         let owner_path = path.join(OWNER_FILE);
         let owner = durable::create_file(&owner_path)?;
         flock(&owner, FlockOperation::NonBlockingLockExclusive).context("lock", &owner_path)?;
+        drop(lock);
+        drop(left_over);
         Ok(RunDir {
             path,
             _owner: owner,
@@ -112,65 +124,94 @@ impl Storage {
     }
 
     /// Removes what processes that are gone have left: unfinished builds and imports, unfinished
-    /// deletions, and the directories of sandboxes.
+    /// deletions, and the directories of sandboxes. They are found and set aside under the
+    /// storage's lock, and removed, which may take long, without it.
     ///
     /// # Errors
-    /// When something cannot be looked at or removed; the rest is left for the next time.
+    /// When the storage cannot be locked or listed. What goes wrong with a single left-over is in
+    /// the report.
     pub fn sweep(&self) -> Result<SweepReport> {
-        let _lock = self.lock()?;
         let mut report = SweepReport::default();
-        let staging = self.dir("staging");
-        for name in list_dir(&staging)? {
-            let left_over = match StagingDir::adopt(&staging.join(&name)) {
-                Ok(Some(left_over)) => left_over,
-                Ok(None) => continue,
-                // Its owner has just removed it.
-                Err(e) if e.is_not_found() => continue,
-                Err(e) => return Err(e),
-            };
-            drop(left_over);
-            report.staging.push(name);
-        }
-        for sandbox in self.sandboxes()? {
-            if let Adopted::Ours(left_over) = adopt(&self.run_path(&sandbox))? {
-                drop(left_over);
-                report.sandboxes.push(sandbox);
+        let lock = self.lock()?;
+        let left_over = self.set_left_overs_aside(&lock, &mut report)?;
+        drop(lock);
+        for dir in left_over {
+            if let Err(error) = dir.remove() {
+                report.failed(error);
             }
         }
         Ok(report)
+    }
+
+    fn set_left_overs_aside(
+        &self,
+        lock: &StorageLock,
+        report: &mut SweepReport,
+    ) -> Result<Vec<StagingDir>> {
+        let mut left_over = Vec::new();
+        let staging = self.dir("staging");
+        for name in list_dir(&staging)? {
+            let aside = match StagingDir::adopt(&staging.join(&name)) {
+                Ok(Some(adopted)) => adopted.set_aside(self, lock),
+                Ok(None) => continue,
+                // Its owner has just removed it.
+                Err(e) if e.is_not_found() => continue,
+                Err(e) => Err(e),
+            };
+            match aside {
+                Ok(aside) => {
+                    report.staging.extend(aside.is_some().then_some(name));
+                    left_over.extend(aside);
+                }
+                Err(e) => report.failed(e),
+            }
+        }
+        for sandbox in self.sandboxes()? {
+            let aside = match adopt(&self.run_path(&sandbox)) {
+                Ok(Adopted::Ours(adopted)) => adopted.set_aside(self, lock),
+                Ok(Adopted::NotThere | Adopted::Busy) => continue,
+                Err(e) => Err(e),
+            };
+            match aside {
+                Ok(aside) => {
+                    report.sandboxes.extend(aside.is_some().then_some(sandbox));
+                    left_over.extend(aside);
+                }
+                Err(e) => report.failed(e),
+            }
+        }
+        Ok(left_over)
     }
 }
 
 enum Adopted {
     NotThere,
     Busy,
-    /// Dropping it removes the directory.
-    Ours(RunDir),
+    Ours(StagingDir),
 }
 
 /// Under the storage's lock, so that a directory without an owner file is not just being made.
+///
+/// What is adopted is locked itself from here on, as everything in `staging/` is: the owner's file
+/// goes before the directory does when that is removed.
 fn adopt(path: &Path) -> Result<Adopted> {
     let owner_path = path.join(OWNER_FILE);
     let owner = match File::open(&owner_path) {
-        Ok(owner) => owner,
-        Err(e) if e.kind() == ErrorKind::NotFound => match File::open(path) {
-            Ok(dir) => {
-                return Ok(Adopted::Ours(RunDir {
-                    path: path.to_owned(),
-                    _owner: dir,
-                }));
-            }
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Adopted::NotThere),
-            Err(e) => return Err(Error::io("open", path, e)),
-        },
+        Ok(owner) => Some(owner),
+        Err(e) if e.kind() == ErrorKind::NotFound => None,
         Err(e) => return Err(Error::io("open", &owner_path, e)),
     };
-    match flock(&owner, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Adopted::Ours(RunDir {
-            path: path.to_owned(),
-            _owner: owner,
-        })),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(Adopted::Busy),
-        Err(e) => Err(Error::io("lock", &owner_path, e.into())),
+    if let Some(owner) = &owner {
+        match flock(owner, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(Adopted::Busy),
+            Err(e) => return Err(Error::io("lock", &owner_path, e.into())),
+        }
+    }
+    match StagingDir::adopt(path) {
+        Ok(Some(adopted)) => Ok(Adopted::Ours(adopted)),
+        Ok(None) => Ok(Adopted::Busy),
+        Err(e) if e.is_not_found() => Ok(Adopted::NotThere),
+        Err(e) => Err(e),
     }
 }

@@ -16,13 +16,13 @@
 //! cut could take away.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 
 use crate::build::{Build, VMSTATE_BYTES_MAX, VMSTATE_FILE};
 use crate::durable::{self, DIR_MODE};
@@ -46,39 +46,81 @@ pub(crate) struct StagingDir {
 
 impl StagingDir {
     /// Makes an empty directory; `None` if a living owner has one of this name. What a dead one
-    /// left is removed.
-    pub(crate) fn create(
-        storage: &Storage,
-        _lock: &StorageLock,
-        name: &str,
-    ) -> Result<Option<Self>> {
+    /// left is removed, after the storage's lock has been given up: that may take long.
+    pub(crate) fn create(storage: &Storage, lock: StorageLock, name: &str) -> Result<Option<Self>> {
         let path = storage.dir("staging").join(name);
         let make = || DirBuilder::new().mode(DIR_MODE).create(&path);
+        let mut left_over = None;
         match make() {
             Ok(()) => {}
             Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-                let Some(left_over) = Self::adopt(&path)? else {
+                let Some(adopted) = Self::adopt(&path)? else {
                     return Ok(None);
                 };
-                drop(left_over);
+                left_over = adopted.set_aside(storage, &lock)?;
                 make().context("create", &path)?;
             }
             Err(e) => return Err(Error::io("create", &path, e)),
         }
-        Self::adopt(&path)
+        let created = Self::adopt(&path)?;
+        drop(lock);
+        drop(left_over);
+        Ok(created)
     }
 
     /// Takes ownership of a directory; `None` if its owner lives.
     pub(crate) fn adopt(path: &Path) -> Result<Option<Self>> {
-        let dir = File::open(path).context("open", path)?;
+        // Whatever somebody put there: a pipe is not waited for, a link not followed.
+        let dir = OpenOptions::new()
+            .read(true)
+            .custom_flags((OFlags::DIRECTORY | OFlags::NOFOLLOW).bits().cast_signed())
+            .open(path)
+            .context("open", path)?;
         match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(Self {
-                path: path.to_owned(),
-                dir: Some(dir),
-            })),
+            Ok(()) => Ok(Some(Self::locked(path.to_owned(), dir))),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
             Err(e) => Err(Error::io("lock", path, e.into())),
         }
+    }
+
+    /// A directory on which `dir` holds the lock alone.
+    pub(crate) fn locked(path: PathBuf, dir: File) -> Self {
+        Self {
+            path,
+            dir: Some(dir),
+        }
+    }
+
+    /// Moves it where no name is in its way, so that it can be removed at leisure once the
+    /// storage's lock has been given up: its own lock goes with it. `None` if its owner has just
+    /// removed it.
+    pub(crate) fn set_aside(
+        mut self,
+        storage: &Storage,
+        _lock: &StorageLock,
+    ) -> Result<Option<Self>> {
+        let aside = storage
+            .dir("staging")
+            .join(format!("left-{}", BuildId::random()));
+        match durable::rename_to_new(&self.path, &aside) {
+            Ok(()) => {
+                self.path = aside;
+                Ok(Some(self))
+            }
+            Err(e) => {
+                // Nothing is removed by its old name, which may be another's by then.
+                self.dir = None;
+                if e.is_not_found() { Ok(None) } else { Err(e) }
+            }
+        }
+    }
+
+    /// Removes it with all in it.
+    pub(crate) fn remove(mut self) -> Result<()> {
+        let owned = self.dir.take();
+        let removed = remove_all(&self.path);
+        drop(owned);
+        removed
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -88,8 +130,9 @@ impl StagingDir {
     /// Moves it to a name that must be free, and syncs that name's directory. Taken back if that
     /// fails.
     ///
-    /// Gives the open directory, with the lock, which is a shared one from here on.
-    pub(crate) fn publish(mut self, to: &Path, parent: &Path, steps: &str) -> Result<File> {
+    /// Gives the open directory, with the lock, which is a shared one from here on. After a failure
+    /// it is dropped by the caller, once that has given up the storage's lock.
+    pub(crate) fn publish(&mut self, to: &Path, parent: &Path, steps: &str) -> Result<File> {
         if let Some(dir) = &self.dir {
             // Before anyone can see it: whoever opens a build takes a shared lock at once.
             flock(dir, FlockOperation::NonBlockingLockShared).context("lock", &self.path)?;
@@ -117,10 +160,18 @@ impl StagingDir {
 impl Drop for StagingDir {
     fn drop(&mut self) {
         if self.dir.is_some()
-            && let Err(error) = fs::remove_dir_all(&self.path)
+            && let Err(error) = remove_all(&self.path)
         {
             tracing::warn!(path = %self.path.display(), %error, "left-over not removed");
         }
+    }
+}
+
+/// Removes a directory with all in it; one that is gone is as good as removed.
+pub(crate) fn remove_all(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io("delete", path, e)),
+        _ => Ok(()),
     }
 }
 
@@ -246,7 +297,7 @@ impl StagedBuild {
     /// What a step gives; [`Error::ParentGone`] if the parent was deleted meanwhile,
     /// [`Error::ParentMismatch`], [`Error::Unfinished`], [`Error::UnknownImage`] and
     /// [`Error::UnknownKernel`] for what does not fit together. The staged build is gone then.
-    pub fn commit(self, info: BuildInfo) -> Result<Build> {
+    pub fn commit(mut self, info: BuildInfo) -> Result<Build> {
         let (open_files, manifest) = self.close(info)?;
         let staging = self.dir.path();
         for (name, file) in &open_files {

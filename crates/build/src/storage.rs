@@ -5,7 +5,7 @@
 //!        builds/<id>/         committed builds; a shared flock on the directory = in use
 //!        staging/<what>-…/    what is being written or deleted; an flock on it = its owner lives
 //!        images/<digest>      base images, 0400
-//!        kernels/<digest>/    vmlinux, config
+//!        kernels/<digest>/    vmlinux, config-<digest of the configuration>
 //!        templates/<name>     the id of the build that the name means now
 //!        working-sets/<id>.json  what a resume of the build touched first; a hint
 //!        run/<sandbox>/       what a running sandbox needs; an flock on its `owner` = it lives
@@ -79,12 +79,17 @@ impl Storage {
     pub fn open(root: &Path) -> Result<Self> {
         create_dir(root)?;
         let root = root.canonicalize().context("find", root)?;
+        let mut created = false;
         for dir in DIRS {
             let path = root.join(dir);
-            create_dir(&path)?;
+            created |= create_one_dir(&path)?;
             // Made by hand, or with another mask: memory images hold secrets all the same.
             let private = fs::Permissions::from_mode(DIR_MODE);
             fs::set_permissions(&path, private).context("make private", &path)?;
+        }
+        if created {
+            // A build is no more durable than the directory that it is renamed into.
+            durable::step("open-dir-sync", &root, || durable::sync_dir(&root))?;
         }
         Ok(Self { root: root.into() })
     }
@@ -116,7 +121,7 @@ impl Storage {
         if self.build_path(&id).exists() {
             return Err(Error::BuildExists { id });
         }
-        let dir = StagingDir::create(self, &lock, &format!("build-{id}"))?
+        let dir = StagingDir::create(self, lock, &format!("build-{id}"))?
             .ok_or(Error::BuildBusy { id })?;
         Ok(StagedBuild::new(self.clone(), id, dir))
     }
@@ -167,6 +172,40 @@ impl Storage {
     /// [`Error::MayHaveChildren`] while there are builds that do not tell their parent.
     pub fn delete_build(&self, id: &BuildId) -> Result<()> {
         let lock = self.lock()?;
+        let doomed = self.take_out(&lock, id, None)?;
+        drop(lock);
+        doomed.remove()
+    }
+
+    /// Deletes a template and the build that it names, which no other template may name. Gives
+    /// that build; `None` if it was gone already, and only the name was left.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTemplate`] and those of [`Self::delete_build`]; the
+    /// name then means what it meant before.
+    pub fn delete_template_and_build(&self, name: &Name) -> Result<Option<BuildId>> {
+        let lock = self.lock()?;
+        let id = self.read_template(name)?;
+        let doomed = match self.take_out(&lock, &id, Some(name)) {
+            Ok(doomed) => Some(doomed),
+            Err(Error::UnknownBuild { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        // After the build: what a crash between them leaves is a name of nothing, which the same
+        // call removes, and not a build that nobody knows.
+        self.remove_name(&lock, name)?;
+        drop(lock);
+        doomed.map_or(Ok(None), |doomed| doomed.remove().map(|()| Some(id)))
+    }
+
+    /// Takes a build out of sight, into `staging/`, to be removed without the lock. No template
+    /// but `except` may name it.
+    fn take_out(
+        &self,
+        _lock: &StorageLock,
+        id: &BuildId,
+        except: Option<&Name>,
+    ) -> Result<StagingDir> {
         let path = self.build_path(id);
         if !path.exists() {
             return Err(Error::UnknownBuild { id: *id });
@@ -174,6 +213,7 @@ impl Storage {
         let templates: Vec<Name> = self
             .list_templates()?
             .into_iter()
+            .filter(|(name, _)| Some(name) != except)
             .filter_map(|(name, named)| (named.ok()? == *id).then_some(name))
             .collect();
         if !templates.is_empty() {
@@ -197,8 +237,7 @@ impl Storage {
         durable::step("delete-dir-sync", &builds, || durable::sync_dir(&builds))?;
         // A hint without its build harms nobody: not worth failing for.
         drop(fs::remove_file(self.working_set_path(id)));
-        drop(lock);
-        fs::remove_dir_all(&doomed).context("delete", &doomed)
+        Ok(StagingDir::locked(doomed, dir))
     }
 
     /// Under the lock: a child that is being committed is seen or sees that its parent is gone.
@@ -259,10 +298,16 @@ impl Storage {
     /// # Errors
     /// [`Error::UnknownTemplate`].
     pub fn remove_template(&self, name: &Name) -> Result<()> {
-        let _lock = self.lock()?;
+        self.remove_name(&self.lock()?, name)
+    }
+
+    fn remove_name(&self, _lock: &StorageLock, name: &Name) -> Result<()> {
         let path = self.template_path(name);
         match fs::remove_file(&path) {
-            Ok(()) => durable::sync_dir(&self.dir("templates")),
+            Ok(()) => {
+                let dir = self.dir("templates");
+                durable::step("template-remove-sync", &dir, || durable::sync_dir(&dir))
+            }
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 Err(Error::UnknownTemplate { name: name.clone() })
             }
@@ -352,12 +397,26 @@ pub(crate) struct StorageLock {
     _file: File,
 }
 
-pub(crate) fn create_dir(path: &Path) -> Result<()> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(DIR_MODE)
-        .create(path)
-        .context("create", path)
+/// Makes a directory and those above it, where they are missing, so that they last.
+fn create_dir(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let parent = durable::parent_of(path);
+    create_dir(parent)?;
+    if create_one_dir(path)? {
+        durable::step("open-root-sync", parent, || durable::sync_dir(parent))?;
+    }
+    Ok(())
+}
+
+/// Gives whether it was missing; does not sync.
+fn create_one_dir(path: &Path) -> Result<bool> {
+    match DirBuilder::new().mode(DIR_MODE).create(path) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == ErrorKind::AlreadyExists && path.is_dir() => Ok(false),
+        Err(e) => Err(Error::io("create", path, e)),
+    }
 }
 
 /// The names in a directory that are text, sorted.

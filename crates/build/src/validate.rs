@@ -1,26 +1,31 @@
 //! Verifies a build to the last byte.
 //!
-//! Reading verifies what it reads; this reads everything: every file's length and digest, every
-//! frame of every data file, that indexes stay within the layers that they name, and that nothing
-//! lies in a build's directory that its manifest does not know.
+//! Reading verifies what it reads; this reads everything that a resume depends on: every file's
+//! length and digest, every frame of every data file, the frames of other builds that the indexes
+//! name, the base image and the kernel; and it checks that indexes stay within the layers that
+//! they name, and that nothing lies in a build's directory that its manifest does not know.
+//!
+//! First everything is opened and put on a list, so that it is known how much there is to read;
+//! then it is read.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 use crate::build::{Build, VMSTATE_FILE};
-use crate::data::DataFile;
+use crate::data::{DataFile, FRAME_BYTES, FRAME_PAGES};
 use crate::error::{Error, Result};
-use crate::ids::BuildId;
+use crate::ids::{BuildId, Digest};
 use crate::index::Entry;
 use crate::manifest::MANIFEST_FILE;
-use crate::objects::digest_of_file;
-use crate::page::{ImageKind, PAGE_SIZE};
+use crate::objects::digest_with;
+use crate::page::{ImageKind, PAGE_SIZE, to_usize};
 use crate::reader::ImageReader;
 use crate::storage::list_dir;
 
 /// How far [`Build::validate`] goes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ValidateOptions {
-    /// Also every ancestor, the base images and the kernels.
+    /// Also every ancestor as a whole, not only what the build uses of it.
     pub recursive: bool,
 }
 
@@ -29,7 +34,7 @@ pub struct ValidateOptions {
 pub struct Validation {
     /// The builds that were verified, the one asked for first.
     pub builds: Vec<BuildId>,
-    /// Bytes that were verified.
+    /// Bytes of files whose digests were verified: the builds', the base images and the kernels.
     pub bytes: u64,
     /// Frames that were decoded.
     pub frames: u64,
@@ -53,76 +58,273 @@ impl Build {
     /// Verifies every byte. Problems are collected, not returned at the first one.
     #[must_use]
     pub fn validate(&self, options: ValidateOptions) -> Validation {
-        let mut found = Validation::default();
-        let mut seen = BTreeSet::new();
-        self.validate_alone(options, &mut found);
+        self.validate_with(options, &mut |_, _| ())
+    }
+
+    /// As [`Self::validate`]; `progress` is told again and again how many bytes of how many have
+    /// been gone through. The second figure stays the same, and the first one reaches it.
+    #[must_use]
+    pub fn validate_with(
+        &self,
+        options: ValidateOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Validation {
+        let mut plan = Plan::default();
+        plan.add_build(self, options);
+        let mut seen = BTreeSet::from([self.id()]);
         let mut next = self.manifest().info.parent;
         // A chain that leads back to itself can be made by hand.
         while let Some(parent) = next.filter(|id| options.recursive && seen.insert(*id)) {
-            let Some(build) = found.note(self.storage().open_build(&parent)) else {
+            let Some(build) = plan.found.note(self.storage().open_build(&parent)) else {
                 break;
             };
-            build.validate_alone(options, &mut found);
+            plan.add_build(&build, options);
             next = build.manifest().info.parent;
         }
-        found
-    }
-
-    fn validate_alone(&self, options: ValidateOptions, found: &mut Validation) {
-        found.builds.push(self.id());
-        self.validate_files(found);
-        for kind in [ImageKind::Memory, ImageKind::Disk] {
-            if self.has_image(kind)
-                && let Some(image) = found.note(self.image(kind))
-            {
-                image.validate(found);
-            }
-        }
-        if options.recursive {
-            let info = &self.manifest().info;
-            if let Some(digest) = &info.base_image
-                && let Some(path) = found.note(self.storage().image_path(digest))
-            {
-                found.note(check_digest(&path, digest));
-            }
-            if let Some(digest) = &info.kernel
-                && let Some(path) = found.note(self.storage().kernel_path(digest))
-            {
-                found.note(check_digest(&path, digest));
-            }
-        }
-    }
-
-    fn validate_files(&self, found: &mut Validation) {
-        for (name, record) in &self.manifest().files {
-            let path = self.file_path(name);
-            let known = [ImageKind::Memory, ImageKind::Disk]
-                .iter()
-                .any(|kind| [kind.index_file(), kind.data_file()].contains(&name.as_str()));
-            if !known && name != VMSTATE_FILE {
-                let what = format!("it names the file {name:?}, which no build has");
-                found
-                    .problems
-                    .push(Error::damaged(&self.file_path(MANIFEST_FILE), 0, what));
-                continue;
-            }
-            if found.note(check_digest(&path, &record.digest)).is_some() {
-                found.bytes += record.bytes;
-            }
-        }
-        for name in found.note(list_dir(self.path())).unwrap_or_default() {
-            if name != MANIFEST_FILE && !self.manifest().files.contains_key(&name) {
-                let what = "the manifest does not know this file";
-                found
-                    .problems
-                    .push(Error::damaged(&self.file_path(&name), 0, what));
-            }
-        }
+        plan.carry_out(progress)
     }
 }
 
-fn check_digest(path: &std::path::Path, expected: &crate::Digest) -> Result<()> {
-    let digest = digest_of_file(path)?;
+/// Something to be read and verified.
+#[derive(Debug)]
+struct Work {
+    path: PathBuf,
+    /// How much it counts in the progress.
+    bytes: u64,
+    what: What,
+}
+
+#[derive(Debug)]
+enum What {
+    Digest(Digest),
+    Frames {
+        build: BuildId,
+        kind: ImageKind,
+        /// Half-open ranges.
+        frames: Vec<(usize, usize)>,
+    },
+}
+
+#[derive(Debug, Default)]
+struct Plan {
+    works: Vec<Work>,
+    /// Base images and kernels, which builds share.
+    objects: BTreeSet<PathBuf>,
+    found: Validation,
+}
+
+impl Plan {
+    fn add_build(&mut self, build: &Build, options: ValidateOptions) {
+        self.found.builds.push(build.id());
+        self.add_files(build);
+        for kind in [ImageKind::Memory, ImageKind::Disk] {
+            if build.has_image(kind)
+                && let Some(image) = self.found.note(build.image(kind))
+            {
+                self.add_own_frames(&image);
+                self.check_layers(&image);
+                // Those of ancestors that are verified as a whole are not read twice.
+                if !options.recursive {
+                    self.add_used_frames(&image);
+                }
+                self.found.note(image.validate_base_image());
+            }
+        }
+        let (storage, info) = (build.storage(), &build.manifest().info);
+        if let Some(digest) = info.base_image
+            && let Some(path) = self.found.note(storage.image_path(&digest))
+        {
+            self.add_object(path, digest);
+        }
+        if let Some(digest) = info.kernel
+            && let Some(path) = self.found.note(storage.kernel_path(&digest))
+        {
+            self.add_object(path, digest);
+            if let Some((path, digest)) = storage.kernel_config(&digest) {
+                self.add_object(path, digest);
+            }
+        }
+    }
+
+    fn add_object(&mut self, path: PathBuf, digest: Digest) {
+        if self.objects.insert(path.clone()) {
+            self.add_digest(path, digest);
+        }
+    }
+
+    fn add_digest(&mut self, path: PathBuf, digest: Digest) {
+        // One that is not there is a problem when it is read.
+        let bytes = std::fs::metadata(&path).map_or(0, |meta| meta.len());
+        let what = What::Digest(digest);
+        self.works.push(Work { path, bytes, what });
+    }
+
+    fn add_files(&mut self, build: &Build) {
+        for (name, record) in &build.manifest().files {
+            let known = [ImageKind::Memory, ImageKind::Disk]
+                .iter()
+                .any(|kind| [kind.index_file(), kind.data_file()].contains(&name.as_str()));
+            if known || name == VMSTATE_FILE {
+                self.add_digest(build.file_path(name), record.digest);
+            } else {
+                let what = format!("it names the file {name:?}, which no build has");
+                self.damaged(&build.file_path(MANIFEST_FILE), what);
+            }
+        }
+        let names = self.found.note(list_dir(build.path()));
+        for name in names.unwrap_or_default() {
+            if name != MANIFEST_FILE && !build.manifest().files.contains_key(&name) {
+                let what = "the manifest does not know this file";
+                self.damaged(&build.file_path(&name), what);
+            }
+        }
+    }
+
+    fn damaged(&mut self, path: &Path, what: impl Into<String>) {
+        self.found.problems.push(Error::damaged(path, 0, what));
+    }
+
+    fn add_own_frames(&mut self, image: &ImageReader) {
+        if let Some(data) = self.found.note(image.open_own_data()) {
+            let all = vec![(0, data.frame_count())];
+            self.add_frames(&data, image.build().id(), image.index().kind(), all);
+        }
+    }
+
+    /// The frames of other builds that the image uses.
+    fn add_used_frames(&mut self, image: &ImageReader) {
+        let mut used: BTreeMap<u32, Vec<(usize, usize)>> = BTreeMap::new();
+        for run in image.index().runs() {
+            if let Entry::Layer {
+                layer,
+                offset_pages,
+            } = run.what
+            {
+                let end = offset_pages.saturating_add(run.pages);
+                let frames = (
+                    to_usize(offset_pages) / FRAME_PAGES,
+                    to_usize(end).div_ceil(FRAME_PAGES),
+                );
+                used.entry(layer).or_default().push(frames);
+            }
+        }
+        for (layer, ranges) in used {
+            let build = image.index().layers().get(to_usize(u64::from(layer)));
+            // A layer that cannot be opened has been noted by `check_layers`.
+            if let Some(build) = build.filter(|build| **build != image.build().id())
+                && let Ok(data) = image.layer_data(layer)
+            {
+                let ranges = union(ranges, data.frame_count());
+                self.add_frames(&data, *build, image.index().kind(), ranges);
+            }
+        }
+    }
+
+    fn add_frames(
+        &mut self,
+        data: &DataFile,
+        build: BuildId,
+        kind: ImageKind,
+        frames: Vec<(usize, usize)>,
+    ) {
+        let count: usize = frames.iter().map(|(start, end)| end - start).sum();
+        self.works.push(Work {
+            path: data.path().to_owned(),
+            bytes: (count * FRAME_BYTES) as u64,
+            what: What::Frames {
+                build,
+                kind,
+                frames,
+            },
+        });
+    }
+
+    /// Indexes stay within the layers that they name.
+    fn check_layers(&mut self, image: &ImageReader) {
+        for (layer, needed) in (0..).zip(image.index().needed_pages_by_layer()) {
+            let Some(data) = self.found.note(image.layer_data(layer)) else {
+                continue;
+            };
+            if needed > data.len_pages() {
+                let what = format!(
+                    "it names page {needed} of {}, which holds {} pages",
+                    data.path().display(),
+                    data.len_pages()
+                );
+                self.damaged(image.index_path(), what);
+            }
+        }
+    }
+
+    fn carry_out(self, progress: &mut dyn FnMut(u64, u64)) -> Validation {
+        let Self {
+            works, mut found, ..
+        } = self;
+        let total: u64 = works.iter().map(|work| work.bytes).sum();
+        let mut before = 0;
+        progress(before, total);
+        for work in works {
+            let mut done = 0;
+            let mut advance = |bytes: u64| {
+                // A file that grows or shrinks meanwhile must not confuse the figures.
+                done = work.bytes.min(done + bytes);
+                progress(before + done, total);
+            };
+            match &work.what {
+                What::Digest(digest) => {
+                    let checked = check_digest(&work.path, digest, &mut advance);
+                    if found.note(checked).is_some() {
+                        found.bytes += work.bytes;
+                    }
+                }
+                What::Frames {
+                    build,
+                    kind,
+                    frames,
+                } => {
+                    if let Some(data) = found.note(DataFile::open(&work.path, build, *kind)) {
+                        read_frames(&data, frames, &mut found, &mut advance);
+                    }
+                }
+            }
+            before += work.bytes;
+            progress(before, total);
+        }
+        found
+    }
+}
+
+fn read_frames(
+    data: &DataFile,
+    frames: &[(usize, usize)],
+    found: &mut Validation,
+    advance: &mut dyn FnMut(u64),
+) {
+    let (mut stored, mut pages) = (Vec::new(), Vec::new());
+    for frame in frames.iter().flat_map(|&(start, end)| start..end) {
+        pages.resize(data.frame_len(frame), 0);
+        found.note(data.read_frame(frame, &mut stored, &mut pages));
+        found.frames += 1;
+        advance(FRAME_BYTES as u64);
+    }
+}
+
+/// Half-open ranges as few and sorted ones that do not overlap, cut off at `max`.
+fn union(mut ranges: Vec<(usize, usize)>, max: usize) -> Vec<(usize, usize)> {
+    ranges.sort_unstable();
+    let mut union: Vec<(usize, usize)> = Vec::new();
+    for (start, end) in ranges {
+        let (start, end) = (start.min(max), end.min(max));
+        match union.last_mut() {
+            Some(last) if start <= last.1 => last.1 = last.1.max(end),
+            _ => union.push((start, end)),
+        }
+    }
+    union
+}
+
+fn check_digest(path: &Path, expected: &Digest, advance: &mut dyn FnMut(u64)) -> Result<()> {
+    let digest = digest_with(path, advance)?;
     if digest == *expected {
         Ok(())
     } else {
@@ -139,33 +341,6 @@ impl ImageReader {
     pub(crate) fn open_own_data(&self) -> Result<DataFile> {
         let (build, kind) = (self.build(), self.index().kind());
         DataFile::open(&build.file_path(kind.data_file()), &build.id(), kind)
-    }
-
-    fn validate(&self, found: &mut Validation) {
-        if let Some(data) = found.note(self.open_own_data()) {
-            let (mut stored, mut pages) = (Vec::new(), Vec::new());
-            for frame in 0..data.frame_count() {
-                pages.resize(data.frame_len(frame), 0);
-                found.note(data.read_frame(frame, &mut stored, &mut pages));
-                found.frames += 1;
-            }
-        }
-        for (layer, needed) in (0..).zip(self.index().needed_pages_by_layer()) {
-            let Some(data) = found.note(self.layer_data(layer)) else {
-                continue;
-            };
-            if needed > data.len_pages() {
-                let what = format!(
-                    "it names page {needed} of {}, which holds {} pages",
-                    data.path().display(),
-                    data.len_pages()
-                );
-                found
-                    .problems
-                    .push(Error::damaged(self.index_path(), 0, what));
-            }
-        }
-        found.note(self.validate_base_image());
     }
 
     /// Reads the last block that the index names.

@@ -213,6 +213,59 @@ fn a_deletion_that_is_killed_at_any_step_leaves_a_whole_build_or_none() {
 }
 
 #[test]
+fn a_template_whose_deletion_fails_at_any_step_can_be_deleted_again() {
+    let scenario = FailScenario::setup();
+    let storage = storage();
+    let name = "debian".parse().unwrap();
+    for point in points(&DELETE_STEPS).chain(points(&["template-remove-sync"])) {
+        let id = store(&storage, None, &[Push::Data(vec![1])]).id();
+        storage.set_template(&name, &id).unwrap();
+        fail::cfg(&point, "return").unwrap();
+        let failed = storage.delete_template_and_build(&name);
+        failed.expect_err(&point);
+        fail::remove(&point);
+        // Whole and named, or gone: never a build that no name leads to any more.
+        let visible = names_in(&storage, "builds").contains(&id.to_string());
+        assert_eq!(visible, point == "delete-rename-before", "{point}");
+        if visible {
+            assert_eq!(storage.resolve("debian").unwrap(), id, "{point}");
+        }
+        match storage.delete_template_and_build(&name) {
+            Ok(deleted) => assert_eq!(deleted, visible.then_some(id), "{point}"),
+            Err(error) => assert!(matches!(error, Error::UnknownTemplate { .. }), "{error}"),
+        }
+        assert!(names_in(&storage, "builds").is_empty(), "{point}");
+        assert!(names_in(&storage, "templates").is_empty(), "{point}");
+        storage.sweep().unwrap();
+        assert!(names_in(&storage, "staging").is_empty(), "{point}");
+    }
+    scenario.teardown();
+}
+
+#[test]
+fn a_storage_is_synced_into_its_place_when_it_is_made_and_only_then() {
+    let scenario = FailScenario::setup();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    for point in ["open-root-sync-after", "open-dir-sync-after"] {
+        let seen = Arc::clone(&seen);
+        fail::cfg_callback(point, move || seen.lock().unwrap().push(point)).unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("a/b");
+    let open = || {
+        drop(Storage::open(&root).unwrap());
+        std::mem::take(&mut *seen.lock().unwrap())
+    };
+    // For `a`, for `b`, for what is in it.
+    let (parent, parts) = ("open-root-sync-after", "open-dir-sync-after");
+    assert_eq!(open(), [parent, parent, parts]);
+    assert!(open().is_empty());
+    std::fs::remove_dir(root.join("working-sets")).unwrap();
+    assert_eq!(open(), [parts]);
+    scenario.teardown();
+}
+
+#[test]
 fn a_build_becomes_visible_only_after_everything_in_it_is_synced() {
     let scenario = FailScenario::setup();
     let seen = Arc::new(Mutex::new(Vec::new()));

@@ -3,10 +3,11 @@
 
 mod common;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
-use common::{Push, pages, read_all, storage, store};
-use torpor_build::{Build, BuildId, Digest, Error, ImageKind, Storage, ValidateOptions};
+use common::{Push, TestStorage, pages, read_all, storage, store};
+use torpor_build::{Build, BuildId, BuildInfo, Digest, Error, ImageKind, Storage, ValidateOptions};
 use xxhash_rust::xxh3::Xxh3;
 
 const FILES: [&str; 6] = [
@@ -88,9 +89,143 @@ fn a_flipped_bit_in_an_ancestor_is_found_recursively() {
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[70] ^= 1;
     std::fs::write(&path, bytes).unwrap();
-    assert!(verify(&storage, &build.id(), false).is_ok());
-    let what = verify(&storage, &build.id(), true).unwrap_err();
-    assert!(what.contains(&parent.to_string()), "{what}");
+    // The build uses that frame.
+    for recursive in [false, true] {
+        let what = verify(&storage, &build.id(), recursive).unwrap_err();
+        assert!(what.contains(&parent.to_string()), "{what}");
+    }
+}
+
+#[test]
+fn of_an_ancestor_only_what_is_used_counts_unless_all_is_asked_for() {
+    let storage = storage();
+    let base = store(
+        &storage,
+        None,
+        &[Push::Data((0..40).map(|n| 2 * n + 1).collect())],
+    );
+    // Pages of the first and the last of its three frames.
+    let pushes = [Push::Parent(2), Push::Removed(36), Push::Parent(2)];
+    let build = store(&storage, Some(&base), &pushes);
+    let path = base.path().join("memory.data");
+    let original = std::fs::read(&path).unwrap();
+    for (position, is_used) in [
+        (100, true),
+        (64 + 65_536 + 100, false),
+        (64 + 131_072 + 100, true),
+    ] {
+        let mut bytes = original.clone();
+        bytes[position] ^= 4;
+        std::fs::write(&path, bytes).unwrap();
+        assert_eq!(
+            verify(&storage, &build.id(), false).is_err(),
+            is_used,
+            "{position}"
+        );
+        verify(&storage, &build.id(), true).unwrap_err();
+    }
+    std::fs::write(base.path().join("vmstate"), "another").unwrap();
+    std::fs::write(&path, original).unwrap();
+    verify(&storage, &build.id(), false).unwrap();
+    verify(&storage, &build.id(), true).unwrap_err();
+}
+
+/// A storage with a base image, a kernel and its configuration, and a build of them; and the three
+/// objects' files.
+fn with_objects(storage: &TestStorage) -> (Build, [PathBuf; 3]) {
+    let source = |name: &str, content: &[u8]| {
+        let path = storage.dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    };
+    let image = storage.import_image(&source("image", &pages(&[1, 0, 3])));
+    let kernel = source("kernel", &pages(&[2, 5]));
+    let kernel = storage.import_kernel(&kernel, Some(&source("config", b"CONFIG_X=y\n")));
+    let (image, kernel) = (image.unwrap(), kernel.unwrap());
+    let info = BuildInfo {
+        base_image: Some(image),
+        kernel: Some(kernel),
+        ..BuildInfo::default()
+    };
+    let staged = storage.begin_build(BuildId::random()).unwrap();
+    let build = staged.commit(info).unwrap();
+    let files = [
+        storage.image_path(&image).unwrap(),
+        storage.kernel_path(&kernel).unwrap(),
+        storage.kernel_config_path(&kernel).unwrap(),
+    ];
+    (build, files)
+}
+
+#[test]
+fn a_flipped_bit_in_the_base_image_or_the_kernel_is_found_and_an_import_repairs_it() {
+    let storage = storage();
+    let (build, files) = with_objects(&storage);
+    verify(&storage, &build.id(), false).unwrap();
+    let repairs: [&dyn Fn(); 2] = [
+        &|| {
+            let image = storage.dir.path().join("image");
+            storage.import_image(&image).unwrap();
+        },
+        &|| {
+            let [kernel, config] = ["kernel", "config"].map(|name| storage.dir.path().join(name));
+            storage.import_kernel(&kernel, Some(&config)).unwrap();
+        },
+    ];
+    for (path, repair) in files.iter().zip([0, 1, 1]) {
+        let original = std::fs::read(path).unwrap();
+        for position in [0, original.len() / 2, original.len() - 1] {
+            let mut bytes = original.clone();
+            bytes[position] ^= 0x10;
+            std::fs::write(path, bytes).unwrap();
+            let what = verify(&storage, &build.id(), false).unwrap_err();
+            assert!(what.contains(path.to_str().unwrap()), "{what}");
+            repairs[repair]();
+            assert!(std::fs::read(path).unwrap() == original);
+            verify(&storage, &build.id(), false).unwrap();
+            let mode = std::fs::metadata(path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o400);
+        }
+    }
+    assert!(common::names_in(&storage, "staging").is_empty());
+}
+
+#[test]
+fn a_damaged_configuration_gives_way_to_another_one() {
+    let storage = storage();
+    let (build, [_, kernel, config]) = with_objects(&storage);
+    let other = storage.dir.path().join("other");
+    std::fs::write(&other, "CONFIG_Y=y\n").unwrap();
+    let digest = storage.import_kernel(&kernel, Some(&other)).unwrap();
+    assert_eq!(storage.kernel_config_path(&digest), Some(config.clone()));
+    std::fs::write(&config, "nonsense").unwrap();
+    storage.import_kernel(&kernel, Some(&other)).unwrap();
+    let kept = storage.kernel_config_path(&digest).unwrap();
+    assert_eq!(std::fs::read(kept).unwrap(), b"CONFIG_Y=y\n");
+    assert!(!config.exists());
+    verify(&storage, &build.id(), false).unwrap();
+}
+
+#[test]
+fn progress_only_grows_and_ends_at_what_was_announced() {
+    let storage = storage();
+    let (with_objects, _) = with_objects(&storage);
+    let (two_layers, _) = two_layers(&storage);
+    for (build, recursive) in [
+        (&with_objects, false),
+        (&two_layers, false),
+        (&two_layers, true),
+    ] {
+        let mut told = Vec::new();
+        let found = build.validate_with(ValidateOptions { recursive }, &mut |done, total| {
+            told.push((done, total));
+        });
+        assert!(found.is_whole());
+        let (first, last) = (told[0], *told.last().unwrap());
+        assert!(told.is_sorted() && told.iter().all(|(_, total)| *total == last.1));
+        assert_eq!((first.0, last.0), (0, last.1));
+        assert!(told.len() > 3 && last.1 >= found.bytes);
+    }
 }
 
 #[test]

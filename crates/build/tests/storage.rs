@@ -385,7 +385,8 @@ fn a_sandbox_id_has_one_owner_and_its_directory_goes_with_it() {
         storage.running_sandboxes().unwrap(),
         std::slice::from_ref(&id)
     );
-    assert_eq!(storage.sweep().unwrap(), Default::default());
+    let swept = storage.sweep().unwrap();
+    assert!(swept.sandboxes.is_empty() && swept.staging.is_empty());
     drop(run);
     assert!(names_in(&storage, "run").is_empty());
     drop(storage.run_dir(&id).unwrap());
@@ -412,10 +413,105 @@ fn sweep_removes_what_has_no_owner_and_nothing_else() {
     }
     assert_eq!(storage.running_sandboxes().unwrap(), [name("alive")]);
     let swept = storage.sweep().unwrap();
+    assert!(swept.failures.is_empty(), "{:?}", swept.failures);
     assert_eq!(swept.staging, ["build-x"]);
     assert_eq!(swept.sandboxes, [name("dead"), name("unborn")]);
     assert_eq!(names_in(&storage, "run"), ["alive"]);
     assert_eq!(names_in(&storage, "staging"), [format!("build-{id}")]);
     assert!(build.validate(Default::default()).is_whole());
     drop((alive, staged));
+}
+
+#[test]
+fn a_left_over_that_cannot_be_removed_is_reported_and_stops_nothing() {
+    let storage = storage();
+    let root = storage.root();
+    std::fs::write(root.join("staging/a-file"), "").unwrap();
+    std::os::unix::fs::symlink("/nowhere", root.join("staging/b-link")).unwrap();
+    std::fs::write(root.join("run/a-file"), "").unwrap();
+    for dir in ["staging/build-x", "run/dead"] {
+        std::fs::create_dir(root.join(dir)).unwrap();
+    }
+    let swept = storage.sweep().unwrap();
+    assert_eq!(swept.staging, ["build-x"]);
+    assert_eq!(swept.sandboxes, [name("dead")]);
+    let failures: Vec<_> = swept.failures.iter().map(ToString::to_string).collect();
+    assert_eq!(failures.len(), 3, "{failures:?}");
+    for (failure, path) in failures.iter().zip(["a-file", "b-link", "run/a-file"]) {
+        assert!(failure.contains(path), "{failure}");
+    }
+    assert_eq!(names_in(&storage, "staging"), ["a-file", "b-link"]);
+}
+
+#[test]
+fn left_overs_are_removed_while_others_may_have_the_lock() {
+    let storage = storage();
+    let id = BuildId::random();
+    // As killed processes leave them, with enough in them to take a while.
+    let dirs = [format!("staging/build-{id}"), "run/dead".to_owned()];
+    for dir in &dirs {
+        let dir = storage.root().join(dir);
+        std::fs::create_dir(&dir).unwrap();
+        for number in 0..2000 {
+            std::fs::write(dir.join(number.to_string()), "").unwrap();
+        }
+    }
+    std::thread::scope(|scope| {
+        let sweeper = scope.spawn(|| storage.sweep().unwrap());
+        // Whoever comes first: neither name is busy, nor is anything of the new owner's removed.
+        let staged = storage.begin_build(id).unwrap();
+        let run = storage.run_dir(&name("dead")).unwrap();
+        let swept = sweeper.join().unwrap();
+        assert!(swept.failures.is_empty(), "{:?}", swept.failures);
+        assert!(staged.path().is_dir() && run.path().is_dir());
+        staged.write_vmstate(b"device state").unwrap();
+        staged.commit(BuildInfo::default()).unwrap();
+    });
+    assert!(names_in(&storage, "staging").is_empty());
+}
+
+#[test]
+fn a_template_is_deleted_with_its_build_or_neither_is() {
+    let storage = storage();
+    let debian = name("debian");
+    let error = storage.delete_template_and_build(&debian).unwrap_err();
+    assert!(matches!(error, Error::UnknownTemplate { .. }), "{error}");
+    let build = store(&storage, None, &[Push::Data(vec![1])]);
+    let id = build.id();
+    storage.set_template(&debian, &id).unwrap();
+
+    let in_use = storage.delete_template_and_build(&debian).unwrap_err();
+    assert!(matches!(in_use, Error::BuildInUse { .. }), "{in_use}");
+    let child = store(&storage, Some(&build), &[Push::Parent(1)]).id();
+    drop(build);
+    let parent = storage.delete_template_and_build(&debian).unwrap_err();
+    assert!(matches!(parent, Error::HasChildren { .. }), "{parent}");
+    storage.delete_build(&child).unwrap();
+    storage.set_template(&name("other"), &id).unwrap();
+    let named = storage.delete_template_and_build(&debian).unwrap_err();
+    assert!(
+        matches!(&named, Error::NamedByTemplate { templates, .. } if *templates == [name("other")]),
+        "{named}"
+    );
+    storage.remove_template(&name("other")).unwrap();
+    assert_eq!(storage.resolve("debian").unwrap(), id);
+
+    assert_eq!(
+        storage.delete_template_and_build(&debian).unwrap(),
+        Some(id)
+    );
+    for part in ["builds", "templates", "staging"] {
+        assert!(names_in(&storage, part).is_empty(), "{part}");
+    }
+}
+
+#[test]
+fn a_template_whose_build_is_gone_is_deleted_all_the_same() {
+    let storage = storage();
+    let id = store(&storage, None, &[]).id();
+    storage.set_template(&name("debian"), &id).unwrap();
+    std::fs::remove_dir_all(storage.root().join(format!("builds/{id}"))).unwrap();
+    let deleted = storage.delete_template_and_build(&name("debian")).unwrap();
+    assert_eq!(deleted, None);
+    assert!(names_in(&storage, "templates").is_empty());
 }
