@@ -139,7 +139,8 @@ async fn unpack(archive: &Path, tree: &Path) -> Result<(), RootfsError> {
         source,
     })?;
     let mut tar = Command::new("tar");
-    tar.args(["--extract", "--numeric-owner", "--file"])
+    // A colon in the name does not mean another machine.
+    tar.args(["--extract", "--numeric-owner", "--force-local", "--file"])
         .arg(archive)
         .arg("--directory")
         .arg(tree);
