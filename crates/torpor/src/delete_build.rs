@@ -15,7 +15,7 @@ struct Deleted {
 }
 
 pub(crate) async fn run(context: &Context, args: DeleteBuildArgs) -> Result<(), CliError> {
-    let storage = context.open_storage()?;
+    let storage = context.open_storage().await?;
     let deleted = blocking(move || Ok(delete(&storage, &args.build)?)).await?;
     let printed = context.output.result(&deleted, text);
     printed.map_err(CliError::system("print the result"))
