@@ -1,4 +1,4 @@
-//! The working set that the last resume of a build recorded, kept beside the builds.
+//! The working set that a resume of a build recorded, kept beside the builds.
 //!
 //! It is a hint and no part of the immutable build: it may be replaced at any time, goes with its
 //! build, and is ignored when it does not verify. So losing it costs page faults, never a guest.
@@ -47,8 +47,8 @@ impl Storage {
 }
 
 impl Build {
-    /// What the last resume that recorded touched until its first answer; `None` if none did, or
-    /// what it recorded does not verify.
+    /// What a resume touched until its first answer; `None` if none has recorded it, or what is
+    /// recorded does not verify.
     #[must_use]
     pub fn recorded_working_set(&self) -> Option<Vec<PageRun>> {
         let path = self.storage().working_set_path(&self.id());

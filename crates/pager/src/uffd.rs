@@ -136,7 +136,7 @@ impl WriteTracking {
         let offers = |wanted: u64| features & wanted == wanted;
         Ok(if offers(FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED) {
             Self::Async
-        } else if offers(FEATURE_PAGEFAULT_FLAG_WP) {
+        } else if offers(FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM) {
             Self::Sync
         } else {
             Self::Off

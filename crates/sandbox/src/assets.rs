@@ -5,14 +5,16 @@
 //! here is needed to *resume* a build: what a build needs has been imported into the storage.
 //!
 //! ```text
-//! <assets>/kernels/6.12/{vmlinux, config, release, modules.order, modules/*.ko}
+//! <assets>/kernels/<series>/{vmlinux, config, release, modules.order, modules/*.ko}
+//! <assets>/kernels/default -> <series>
 //! <assets>/base.ext4
 //! ```
 
 use std::path::{Path, PathBuf};
 
-/// The kernel that a template gets unless another is asked for.
-pub const DEFAULT_KERNEL: &str = "6.12";
+/// The kernel that a template gets unless another is asked for: what the set-up chose (a link in the
+/// cache; the newest that the distribution has).
+pub const DEFAULT_KERNEL: &str = "default";
 
 /// Why there is nothing to boot from.
 #[derive(Debug, thiserror::Error)]

@@ -50,7 +50,7 @@ pub async fn boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartErr
     let storage = host.storage();
     let name = crate::sandbox::new_name()?;
     let run_dir = storage.run_dir(&name)?;
-    let spec = import(host, &request, &assets, run_dir.path()).await?;
+    let mut spec = import(host, &request, &assets, run_dir.path()).await?;
     let disk = run_dir.path().join(DISK_FILE);
     rootfs::make_layer(&disk, spec.disk_bytes).await?;
     let initramfs = write_initramfs(&assets, run_dir.path())?;
@@ -60,8 +60,9 @@ pub async fn boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartErr
     let source = BootSource {
         kernel: storage.kernel_path(&spec.kernel)?,
         initramfs: Some(initramfs.clone()),
-        extra_cmdline: spec.cmdline.clone(),
+        extra_cmdline: String::new(),
     };
+    spec.cmdline = qemu::kernel_command_line(&machine, &source)?;
     let console = run_dir.path().join(CONSOLE_FILE);
     let vmm: Arc<dyn Vmm> = Arc::from(qemu::boot(host.qemu(), &machine, &source, &console).await?);
     let memory_file = std::fs::File::from(vmm.memory()?.memfd);

@@ -116,11 +116,13 @@ impl CapturePlan {
             .ok()
             .and_then(|pages| pages.checked_mul(PAGE_SIZE))
             .ok_or_else(|| std::io::Error::from(std::io::ErrorKind::OutOfMemory))?;
-        let mut bytes = Vec::new();
-        bytes
+        // Asked first, because the allocation below ends the process where there is no room.
+        Vec::<u8>::new()
             .try_reserve_exact(len)
             .map_err(|_| std::io::ErrorKind::OutOfMemory)?;
-        bytes.resize(len, 0);
+        // Zero pages that the kernel hands out at first touch: by both copying threads, instead of
+        // by one that clears them all while the guest stands still.
+        let mut bytes = vec![0; len];
         copy_in_parallel(memory, &self.runs, &mut bytes)?;
         Ok(CapturedMemory { plan: self, bytes })
     }

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use torpor_build::{ImageReader, PAGE_SIZE};
 use torpor_pager::{PageSource, SourceKind, SourceRun};
 
@@ -54,6 +55,11 @@ impl PageSource for ImageSource {
 /// # Errors
 /// [`FillError`]: the image does not verify, or there is no room.
 pub(crate) fn fill(image: &ImageReader, memory: &File) -> Result<(), FillError> {
+    // What the VMM left there while it set itself up would show where the image has zeros.
+    let len = i64::try_from(memory.metadata().map_err(FillError::Memory)?.len());
+    let len = len.map_err(|error| FillError::Memory(io::Error::other(error)))?;
+    let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(memory, punch, 0, len).map_err(|error| FillError::Memory(error.into()))?;
     crate::disk::read_stored(image, |first_page, bytes| {
         memory
             .write_all_at(bytes, first_page * PAGE_SIZE as u64)

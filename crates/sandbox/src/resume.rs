@@ -20,10 +20,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use torpor_build::{Build, BuildId, PageRun};
+use torpor_build::{Build, BuildId, Manifest, Name, PageRun, RunDir};
 use torpor_pager::{Backing, Pager, PagerConfig, Region, Uffd, WriteTracking};
 use torpor_vmm::qemu::{self, IncomingVm};
-use torpor_vmm::{Accel, GuestMemory, InjectError, Vmm, VmmError};
+use torpor_vmm::{Accel, GuestMemory, InjectError, Vmm, VmmError, host_tsc_khz};
 
 use crate::disk;
 use crate::error::StartError;
@@ -34,6 +34,9 @@ use crate::sandbox::{
     CONSOLE_FILE, DISK_FILE, Memory, Parent, Parts, Sandbox, Starting, new_name, pager_run,
 };
 use crate::spec::{GuestSpec, identity_of};
+
+/// Two measurements of one host's clock rate differ by well under a hundredth.
+const CLOCK_RATE_TOLERANCE_DIVISOR: u64 = 100;
 
 /// Guest memory is registered in base pages on every host that torpor runs on.
 const GUEST_PAGE_BYTES: u32 = 4096;
@@ -94,8 +97,7 @@ pub async fn resume(
         move || open(&host, &id)
     })
     .await?;
-    let name = new_name()?;
-    let run_dir = host.storage().run_dir(&name)?;
+    let (name, run_dir) = new_run_dir(host).await?;
     let open_ms = clock.lap();
 
     let disk_file = run_dir.path().join(DISK_FILE);
@@ -107,14 +109,18 @@ pub async fn resume(
     }));
     let machine = spec.machine(host.storage(), disk_file, host_accel(&parent)?)?;
     let console = run_dir.path().join(CONSOLE_FILE);
-    let incoming = qemu::prepare_resume(host.qemu(), &machine, &console).await?;
-    let vmm_ms = clock.lap();
-
-    let guest_memory = incoming.memory()?;
-    let (memory, eager) = make_memory(host, &parent, &incoming, &guest_memory, options).await?;
-    let memory_ms = clock.lap();
-    disk.await
-        .unwrap_or_else(|error| Err(StartError::Panicked(error.to_string())))?;
+    let prepared = async {
+        let incoming = qemu::prepare_resume(host.qemu(), &machine, &console).await?;
+        let vmm_ms = clock.lap();
+        let guest_memory = incoming.memory()?;
+        let made = make_memory(host, &parent, &incoming, &guest_memory, options).await?;
+        Ok((incoming, guest_memory, made, vmm_ms, clock.lap()))
+    };
+    let prepared: Result<_, StartError> = prepared.await;
+    // Awaited on every way out: it holds the build, and writes into the run directory.
+    let filled = disk.await;
+    let (incoming, guest_memory, (memory, eager), vmm_ms, memory_ms) = prepared?;
+    filled.unwrap_or_else(|error| Err(StartError::Panicked(error.to_string())))?;
     let disk_ms = clock.lap();
 
     let state = parent.build.read_vmstate()?;
@@ -140,7 +146,7 @@ pub async fn resume(
     let sandbox = starting.answered(ANSWER_MAX).await?;
     let answer_ms = clock.lap();
     let total_ms = started.elapsed().as_secs_f64() * 1e3;
-    record_working_set(&sandbox);
+    record_working_set(&sandbox).await;
     let stats = sandbox.pager_stats().unwrap_or_default();
     let report = ResumeReport {
         open_ms,
@@ -165,19 +171,28 @@ fn working_set_of(build: &Build) -> Vec<PageRun> {
         .unwrap_or_else(|| build.manifest().info.working_set.clone())
 }
 
-/// Keeps what this resume touched for the next, if none did yet. Nobody waits for it: it is a hint.
-fn record_working_set(sandbox: &Sandbox) {
+/// Keeps what this resume touched for the next, if none did yet. It is a hint: not worth failing for.
+async fn record_working_set(sandbox: &Sandbox) {
     let (Some(parent), Some(_)) = (sandbox.parent(), sandbox.pager_stats()) else {
         return;
     };
     let working_set = sandbox.working_set().to_vec();
-    tokio::task::spawn_blocking(move || {
-        if parent.build.recorded_working_set().is_none()
-            && let Err(error) = parent.build.record_working_set(&working_set)
-        {
-            tracing::debug!(%error, "the working set is not kept");
-        }
+    let recorded = background(move || match parent.build.recorded_working_set() {
+        Some(_) => Ok(()),
+        None => Ok(parent.build.record_working_set(&working_set)?),
     });
+    if let Err(error) = recorded.await {
+        tracing::debug!(%error, "the working set is not kept");
+    }
+}
+
+async fn new_run_dir(host: &Host) -> Result<(Name, RunDir), StartError> {
+    let (storage, name) = (host.storage().clone(), new_name()?);
+    background(move || {
+        let run_dir = storage.run_dir(&name)?;
+        Ok((name, run_dir))
+    })
+    .await
 }
 
 /// Times that follow one another without a gap.
@@ -207,6 +222,11 @@ fn open(host: &Host, id: &BuildId) -> Result<(Parent, GuestSpec), StartError> {
         .identity(accel)
         .can_resume(&recorded)
         .map_err(|source| StartError::Identity { build: *id, source })?;
+    if accel == Accel::Tcg {
+        // Measuring takes a moment that nobody has to wait for.
+        let manifest = build.manifest().clone();
+        std::thread::spawn(move || warn_of_another_clock(&manifest));
+    }
     let (memory, disk) = (Arc::new(build.memory()?), Arc::new(build.disk()?));
     Ok((
         Parent {
@@ -216,6 +236,25 @@ fn open(host: &Host, id: &BuildId) -> Result<(Parent, GuestSpec), StartError> {
         },
         spec,
     ))
+}
+
+/// An emulated guest counts time in ticks of the host that booted it. On a host of another rate its
+/// clocks run too fast or too slow between two settings; it works, so it is not refused.
+fn warn_of_another_clock(manifest: &Manifest) {
+    let recorded = manifest
+        .info
+        .cmdline
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("tsc_early_khz=")?.parse::<u64>().ok());
+    let here = host_tsc_khz();
+    if let Some(recorded) = recorded
+        && recorded.abs_diff(here) > recorded / CLOCK_RATE_TOLERANCE_DIVISOR
+    {
+        tracing::warn!(
+            build = %manifest.id, recorded_khz = recorded, here_khz = here,
+            "the build was made on a host with another clock rate: its clocks will drift; build the template again here"
+        );
+    }
 }
 
 fn host_accel(parent: &Parent) -> Result<Accel, StartError> {
@@ -230,25 +269,39 @@ async fn make_memory(
     guest_memory: &GuestMemory,
     options: &ResumeOptions,
 ) -> Result<(Memory, Option<String>), StartError> {
-    let why_eager = if options.eager {
-        "asked for".to_owned()
-    } else {
-        match incoming.userfaultfd().await {
+    let why_eager = match lazy_tracking(host, options) {
+        Err(why) => why,
+        Ok(tracking) => match incoming.userfaultfd().await {
             Ok(fd) => {
                 let uffd = Uffd::from_fd(fd)?;
-                let pager = start_pager(host, parent, guest_memory, uffd, options)?;
+                let pager = start_pager(parent, guest_memory, uffd, tracking, options)?;
                 return Ok((Memory::Lazy(Arc::new(pager)), None));
             }
             // The VMM is not to be relied on after these; after a refusal it is as it was.
             Err(error) if !refused(&error) => return Err(error.into()),
             Err(error) => error.to_string(),
-        }
+        },
     };
     tracing::info!(why = %why_eager, "the guest's memory is filled before it starts");
     let image = Arc::clone(&parent.memory);
     let memory = guest_memory.memfd.try_clone().map_err(FillError::Memory)?;
     background(move || Ok(fill(&image, &File::from(memory))?)).await?;
     Ok((Memory::Eager, Some(why_eager)))
+}
+
+/// How writes will be tracked under lazy memory, or why there is to be none. Decided before the VMM
+/// is touched: once its memory is registered there is no way back to filling it.
+fn lazy_tracking(host: &Host, options: &ResumeOptions) -> Result<WriteTracking, String> {
+    if options.eager {
+        return Err("asked for".to_owned());
+    }
+    match host.tracking() {
+        Ok(WriteTracking::Off) => {
+            Err("this host's userfaultfd cannot write-protect shared memory".to_owned())
+        }
+        Ok(tracking) => Ok(tracking),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Whether the VMM is as it was, only without a userfaultfd.
@@ -263,13 +316,12 @@ fn refused(error: &VmmError) -> bool {
 }
 
 fn start_pager(
-    host: &Host,
     parent: &Parent,
     guest_memory: &GuestMemory,
     uffd: Uffd,
+    tracking: WriteTracking,
     options: &ResumeOptions,
 ) -> Result<Pager, StartError> {
-    let tracking = host.tracking()?;
     uffd.negotiate(tracking)?;
     let regions: Vec<Region> = guest_memory
         .mappings
@@ -282,10 +334,8 @@ fn start_pager(
         })
         .collect();
     for region in &regions {
+        // No need to write-protect what is absent: whatever the pager installs comes protected.
         uffd.register(region, tracking)?;
-        if tracking != WriteTracking::Off {
-            uffd.write_protect(region)?;
-        }
     }
     let memfd = guest_memory.memfd.try_clone().map_err(FillError::Memory)?;
     let source = Arc::new(ImageSource(Arc::clone(&parent.memory)));

@@ -16,10 +16,10 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::spawn_blocking;
-use torpor_build::{Build, BuildId, BuildInfo, ImageReader, Name, PageRun, RunDir};
+use torpor_build::{Build, BuildId, BuildInfo, ImageReader, Name, PAGE_SIZE, PageRun, RunDir};
 use torpor_guest::Envd;
 use torpor_pager::{FailureSignal, PageSet, Pager, PagerFailure, PagerStats};
-use torpor_vmm::Vmm;
+use torpor_vmm::{DrainReport, Vmm};
 
 use crate::answer::first_answer;
 use crate::capture::{CapturePlan, CapturedMemory, present_pages};
@@ -31,6 +31,9 @@ use crate::spec::GuestSpec;
 pub(crate) const DISK_FILE: &str = "layer.img";
 /// Name of the console's log in a run directory.
 pub(crate) const CONSOLE_FILE: &str = "console.log";
+/// How often a guest whose pause failed is asked to thaw, and the wait in between.
+const THAW_TRIES: u32 = 3;
+const THAW_PAUSE: Duration = Duration::from_millis(200);
 /// How much of the console an error message shows: a kernel's panic with its registers and its
 /// call trace, whose first line is the one that counts, takes up to 3 KB.
 const CONSOLE_SHOWN_BYTES: usize = 4000;
@@ -74,7 +77,7 @@ impl Memory {
 }
 
 /// The build that a sandbox was resumed from, with its images opened.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Parent {
     pub(crate) build: Build,
     pub(crate) memory: Arc<ImageReader>,
@@ -82,7 +85,6 @@ pub(crate) struct Parent {
 }
 
 /// What a sandbox is made of, but for its agent.
-#[derive(Debug)]
 pub(crate) struct Parts {
     pub(crate) vmm: Arc<dyn Vmm>,
     pub(crate) memory: Memory,
@@ -94,12 +96,10 @@ pub(crate) struct Parts {
 }
 
 /// A sandbox whose guest runs and has not answered yet. Its pager's failure ends it already.
-#[derive(Debug)]
 pub(crate) struct Starting(Body);
 
 /// Fields drop in this order, and the order matters: the VMM goes before its pager, and both
 /// before the run directory.
-#[derive(Debug)]
 struct Body {
     _guardian: Option<Guardian>,
     vmm: Arc<dyn Vmm>,
@@ -112,11 +112,21 @@ struct Body {
 }
 
 /// A running sandbox. Dropping it kills the VMM and removes what it needed to run.
-#[derive(Debug)]
 pub struct Sandbox {
     body: Body,
     envd: Envd,
     working_set: Vec<PageRun>,
+}
+
+/// Who it is, not all that it holds: an index has a line for every run of pages.
+impl std::fmt::Debug for Sandbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sandbox")
+            .field("name", &self.body.name)
+            .field("vmm_pid", &self.body.vmm.pid())
+            .field("parent", &self.parent_id())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Starting {
@@ -215,6 +225,17 @@ impl Sandbox {
         &self.working_set
     }
 
+    /// Gets the guest's free pages back, for at most `ceiling`.
+    pub(crate) async fn drain(&self, ceiling: Duration) -> DrainReport {
+        match &self.body.memory {
+            Memory::Lazy(pager) => {
+                let discarded = || pager.stats().pages_removed * PAGE_SIZE as u64;
+                self.body.vmm.drain(ceiling, Some(&discarded)).await
+            }
+            Memory::Booted | Memory::Eager => self.body.vmm.drain(ceiling, None).await,
+        }
+    }
+
     /// What must be copied of a stopped guest's memory. The pager settles first.
     pub(crate) async fn plan_capture(
         &self,
@@ -249,11 +270,25 @@ impl Sandbox {
         background(move || plan.copy_from(&file).map_err(StepError::Memory)).await
     }
 
-    /// Lets a sandbox whose pause failed run as before: vCPUs, then the user's processes.
-    pub(crate) async fn go_on(&self, thaw_max: Duration) -> Result<(), StepError> {
-        self.body.vmm.resume_vcpus().await?;
-        self.envd.with_deadline(thaw_max).unfreeze().await?;
-        Ok(())
+    /// Lets the vCPUs of a sandbox whose pause failed run again.
+    pub(crate) async fn resume_vcpus(&self) -> Result<(), StepError> {
+        Ok(self.body.vmm.resume_vcpus().await?)
+    }
+
+    /// Makes the guest what it would be had it never stood still: the clock is set, the user's
+    /// processes go on. Tried more than once: a guest that has just been stopped is slow to answer.
+    pub(crate) async fn thaw(&self, each_max: Duration) -> Result<(), StepError> {
+        let envd = self.envd.with_deadline(each_max);
+        let mut tries_left = THAW_TRIES;
+        loop {
+            tries_left -= 1;
+            match envd.init().await {
+                Ok(_) => return Ok(()),
+                Err(error) if tries_left == 0 => return Err(error.into()),
+                Err(error) => tracing::info!(%error, "the guest is not thawed yet"),
+            }
+            tokio::time::sleep(THAW_PAUSE).await;
+        }
     }
 
     /// What the manifest of its next build says.
@@ -267,7 +302,8 @@ impl Sandbox {
         info
     }
 
-    /// Ends the sandbox without a build: its VMM is gone when this returns.
+    /// Ends the sandbox without a build. Its VMM is gone when this returns; one that the kernel
+    /// does not let go (it hangs in a system call) is logged, and goes when it can.
     pub async fn end(self) {
         if let Err(error) = self.body.vmm.kill().await {
             tracing::warn!(sandbox = %self.body.name, %error, "the VMM does not go");

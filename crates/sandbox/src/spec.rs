@@ -24,7 +24,7 @@ pub struct GuestSpec {
     pub kernel: Digest,
     /// Its base root file system.
     pub base_image: Digest,
-    /// What was appended to the kernel's command line.
+    /// The kernel's command line that it was booted with.
     pub cmdline: String,
     /// The template that it descends from.
     pub template: Option<Name>,

@@ -39,4 +39,4 @@ pub use error::{IdentityMismatch, InjectError, Result, VmmError};
 pub use host::{KvmSupport, host_tsc_khz};
 pub use machine::{Accel, BootSource, MachineConfig, VmmIdentity};
 pub use memory::{GuestMemory, MemoryMapping};
-pub use vmm::{DrainOutcome, DrainReport, Vmm, VmmExit};
+pub use vmm::{DiscardedBytes, DrainOutcome, DrainReport, Vmm, VmmExit};

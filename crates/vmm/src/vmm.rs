@@ -61,8 +61,9 @@ pub trait Vmm: Send + Sync + fmt::Debug {
     async fn save_state(&self) -> Result<Vec<u8>>;
 
     /// Gets back what the guest considers free, as far as this VMM can, for at most `ceiling`.
-    /// Never fatal. Cancel safe.
-    async fn drain(&self, ceiling: Duration) -> DrainReport;
+    /// `discarded` is the caller's own count of what the guest has given back, where it has one
+    /// (whoever serves the guest's page faults does). Never fatal. Cancel safe.
+    async fn drain(&self, ceiling: Duration, discarded: Option<DiscardedBytes<'_>>) -> DrainReport;
 
     /// Waits until the VMM has ended, and says how. Cancel safe, any number may wait.
     async fn wait_exit(&self) -> VmmExit;
@@ -73,6 +74,10 @@ pub trait Vmm: Send + Sync + fmt::Debug {
     /// It did not go within ten seconds, which only a kernel that hangs can cause.
     async fn kill(&self) -> Result<VmmExit>;
 }
+
+/// Tells how many bytes of its memory a guest has given back since it was resumed, whether they
+/// were present or not; only grows. Must not block.
+pub type DiscardedBytes<'a> = &'a (dyn Fn() -> u64 + Send + Sync);
 
 /// How a VMM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -226,21 +226,21 @@ async fn a_drain_waits_for_what_a_guest_reports() {
     let host = Host::new();
     let guest = &mut host.boot(&host.machine()).await;
     guest.ask("churn 96").await;
-    let report = guest.vm.drain(Duration::from_secs(60)).await;
+    let report = guest.vm.drain(Duration::from_secs(60), None).await;
     println!("{report:?}");
     assert_eq!(report.outcome, DrainOutcome::Settled);
     // 96 MiB were freed; a first round may have come before the drain began.
     assert!(report.released_bytes >= 48 << 20, "{report:?}");
     assert!(report.held_bytes <= 128 << 20, "{report:?}");
 
-    let report = guest.vm.drain(Duration::ZERO).await;
+    let report = guest.vm.drain(Duration::ZERO, None).await;
     assert_eq!(report.outcome, DrainOutcome::Skipped);
-    let report = guest.vm.drain(Duration::from_millis(300)).await;
+    let report = guest.vm.drain(Duration::from_millis(300), None).await;
     assert_eq!(report.outcome, DrainOutcome::CeilingReached);
     assert!(report.ms >= 300, "{report:?}");
 
     guest.vm.kill().await.unwrap();
-    let report = guest.vm.drain(Duration::from_secs(60)).await;
+    let report = guest.vm.drain(Duration::from_secs(60), None).await;
     assert!(
         matches!(
             report.outcome,
@@ -263,7 +263,7 @@ async fn a_drain_of_a_machine_that_reports_nothing_says_so_at_once() {
         .await
         .unwrap();
     assert_eq!(
-        vm.drain(Duration::from_secs(60)).await.outcome,
+        vm.drain(Duration::from_secs(60), None).await.outcome,
         DrainOutcome::Unsupported
     );
     drop(vm);
@@ -275,7 +275,7 @@ async fn a_drain_of_a_machine_that_reports_nothing_says_so_at_once() {
         .unwrap();
     vm.stop_vcpus().await.unwrap();
     assert_eq!(
-        vm.drain(Duration::from_secs(60)).await.outcome,
+        vm.drain(Duration::from_secs(60), None).await.outcome,
         DrainOutcome::GuestSilent
     );
 }

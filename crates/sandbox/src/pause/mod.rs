@@ -18,11 +18,13 @@
 //! Failing, first way: freeze, reclaim and drain are best effort. They have their own ceilings,
 //! say in the report why they did not do their work, and never fail a pause.
 //!
-//! Failing, second way: from the stop on, a failure rolls back. The outcome is [`PauseFailure`]:
-//! the sandbox runs as before, or, when the VMM is dead or the roll-back fails too, it is lost and
-//! the last build is intact. There is no fourth outcome.
+//! Failing, second way: from the stop on, a failure rolls back: the vCPUs run, the guest's clock is
+//! set, its user's processes thaw. The outcome is [`PauseFailure`]: the sandbox runs as before, or,
+//! when the VMM is dead or cannot be made to run, it is lost and the last build is intact. There is no fourth outcome. The build's id is claimed before anything
+//! is done to the guest, so that a taken id costs it nothing.
 //!
-//! Dropping the future of [`pause`] anywhere kills the sandbox and removes what was staged.
+//! Dropping the future of [`pause`] kills the sandbox and removes what was staged; only a commit
+//! that has begun is carried through in the background, and its build is whole.
 
 mod phases;
 pub mod report;
@@ -62,7 +64,7 @@ pub struct Paused {
 #[derive(Debug, thiserror::Error)]
 pub enum PauseFailure {
     /// The sandbox runs on as if nobody had asked.
-    #[error("the pause failed at `{step}` and the sandbox runs on: {source}")]
+    #[error("the pause failed at `{step}` and the sandbox runs on: {source}{}", not_thawed_text(not_thawed.as_ref()))]
     StillRunning {
         /// The sandbox, running.
         sandbox: Box<Sandbox>,
@@ -70,6 +72,8 @@ pub enum PauseFailure {
         step: PauseStep,
         /// Why.
         source: StepError,
+        /// Why its user's processes may still be frozen, if the guest did not say otherwise.
+        not_thawed: Option<StepError>,
     },
     /// The sandbox is gone; what it did since its last build is lost.
     #[error("the sandbox is lost: the pause failed at `{step}`: {source}{}; {}", and_rollback(rollback.as_ref()), last_build_text(*last_build))]
@@ -83,6 +87,12 @@ pub enum PauseFailure {
         /// The build that it was resumed from, which is intact.
         last_build: Option<BuildId>,
     },
+}
+
+fn not_thawed_text(error: Option<&StepError>) -> String {
+    error.map_or_else(String::new, |error| {
+        format!("; its user's processes may still be frozen: {error}")
+    })
 }
 
 fn and_rollback(rollback: Option<&StepError>) -> String {
@@ -107,11 +117,12 @@ pub async fn pause(
     host: &Host,
     request: PauseRequest,
 ) -> Result<Paused, PauseFailure> {
-    let reclaimed = phases::begin(sandbox, request).reclaim().await;
+    let running = phases::begin(sandbox, host, request).await?;
+    let reclaimed = running.reclaim().await;
     let drained = reclaimed.drain().await;
     let stopped = drained.stop().await?;
     let settled = stopped.settle().await?;
     let captured = settled.capture().await?;
-    let written = captured.write(host).await?;
+    let written = captured.write().await?;
     written.commit().await
 }

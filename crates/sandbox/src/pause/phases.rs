@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use torpor_build::{BuildInfo, ImageKind, LayerSummary, StagedBuild};
-use torpor_guest::{ReclaimCaps, ReclaimReport, reclaim};
+use torpor_guest::{GuestError, ReclaimCaps, ReclaimReport, reclaim};
 use torpor_vmm::DrainReport;
 
 use super::report::{PauseReport, PauseStep, StepTime};
@@ -21,7 +21,8 @@ use crate::progress::StepGuard;
 use crate::sandbox::{Parent, Sandbox, background};
 
 /// Longest wait for the user's processes to freeze. The freezer waits for system calls under way;
-/// a guest that needs longer is paused with its processes running, which is right, only less lean.
+/// a guest that needs longer is paused with those processes not frozen yet, which is right, only
+/// less lean.
 const FREEZE_USER_MAX: Duration = Duration::from_secs(1);
 /// Longest wait for the guest's own count of its free memory.
 const METRICS_MAX: Duration = Duration::from_millis(500);
@@ -69,18 +70,30 @@ impl Course {
             None => source,
         };
         tracing::warn!(%step, error = %source, "the pause is rolled back");
-        match self.sandbox.go_on(THAW_MAX).await {
-            Ok(()) => PauseFailure::StillRunning {
-                sandbox: Box::new(self.sandbox),
-                step,
-                source,
-            },
-            Err(rollback) => PauseFailure::Lost {
+        let sandbox = self.sandbox;
+        if let Err(rollback) = sandbox.resume_vcpus().await {
+            return PauseFailure::Lost {
                 step,
                 source,
                 rollback: Some(rollback),
                 last_build,
-            },
+            };
+        }
+        let not_thawed = sandbox.thaw(THAW_MAX).await.err();
+        // A guest that does not answer because its VMM died meanwhile is lost all the same.
+        if not_thawed.is_some() && !sandbox.vmm().is_alive() {
+            return PauseFailure::Lost {
+                step,
+                source,
+                rollback: not_thawed,
+                last_build,
+            };
+        }
+        PauseFailure::StillRunning {
+            sandbox: Box::new(sandbox),
+            step,
+            source,
+            not_thawed,
         }
     }
 }
@@ -104,28 +117,51 @@ fn begin_step(request: &PauseRequest, step: PauseStep) -> (StepGuard<'_>, Instan
     (request.progress.step(step.doing()), Instant::now())
 }
 
-/// Begins a pause.
-pub(super) fn begin(sandbox: Sandbox, request: PauseRequest) -> Running {
-    Running(Course {
+/// Begins a pause by claiming the build's id.
+pub(super) async fn begin(
+    sandbox: Sandbox,
+    host: &Host,
+    request: PauseRequest,
+) -> Result<Running, PauseFailure> {
+    let started = Instant::now();
+    let guard = request.progress.step(PauseStep::Claim.doing());
+    let (storage, id) = (host.storage().clone(), request.build);
+    let staged = background(move || Ok(storage.begin_build(id)?)).await;
+    drop(guard);
+    let staged = match staged {
+        Ok(staged) => staged,
+        // Nothing has been done to the guest, so there is nothing to undo.
+        Err(source) => {
+            return Err(PauseFailure::StillRunning {
+                sandbox: Box::new(sandbox),
+                step: PauseStep::Claim,
+                source,
+                not_thawed: None,
+            });
+        }
+    };
+    let mut course = Course {
         sandbox,
         request,
-        started: Instant::now(),
+        started,
         steps: Vec::new(),
         frozen_at: None,
         user_frozen: Duration::ZERO,
         reclaim: None,
         drain: None,
         guest_nonfree_bytes: None,
-    })
+    };
+    course.note(PauseStep::Claim, started, None);
+    Ok(Running(course, staged))
 }
 
 /// Nothing has been done to the guest.
-pub(super) struct Running(Course);
+pub(super) struct Running(Course, StagedBuild);
 
 impl Running {
     /// Freezes the user's processes and lets the guest give up what it does not need.
     pub(super) async fn reclaim(self) -> Reclaimed {
-        let mut course = self.0;
+        let Self(mut course, staged) = self;
         let (guard, since) = begin_step(&course.request, PauseStep::FreezeUser);
         let frozen = course
             .sandbox
@@ -134,7 +170,8 @@ impl Running {
             .freeze()
             .await;
         drop(guard);
-        if frozen.is_ok() {
+        // One that did not answer in time may well have frozen them.
+        if frozen.as_ref().err().is_none_or(GuestError::is_timeout) {
             course.frozen_at = Some(since);
         }
         course.note(
@@ -151,49 +188,44 @@ impl Running {
             course.note(PauseStep::Reclaim, since, report.error.clone());
             course.reclaim = Some(report);
         }
-        Reclaimed(course)
+        Reclaimed(course, staged)
     }
 }
 
 /// The guest has given up what it would.
-pub(super) struct Reclaimed(Course);
+pub(super) struct Reclaimed(Course, StagedBuild);
 
 impl Reclaimed {
     /// Gets the guest's free pages back.
     pub(super) async fn drain(self) -> Drained {
-        let mut course = self.0;
+        let Self(mut course, staged) = self;
         let ceiling = Duration::from_millis(course.request.flags.drain_ceiling_ms);
         if !ceiling.is_zero() {
             let (guard, since) = begin_step(&course.request, PauseStep::Drain);
-            let report = course.sandbox.vmm().drain(ceiling).await;
+            let report = course.sandbox.drain(ceiling).await;
             drop(guard);
             course.note(PauseStep::Drain, since, None);
             course.drain = Some(report);
         }
-        let metrics = course
-            .sandbox
-            .envd()
-            .with_deadline(METRICS_MAX)
-            .metrics()
-            .await;
-        course.guest_nonfree_bytes = metrics.ok().map(|metrics| {
-            course
-                .sandbox
-                .spec()
-                .memory_bytes
-                .saturating_sub(metrics.mem_free)
-        });
-        Drained(course)
+        let since = Instant::now();
+        let envd = course.sandbox.envd().with_deadline(METRICS_MAX);
+        let metrics = envd.metrics().await;
+        let ram_bytes = course.sandbox.spec().memory_bytes;
+        course.guest_nonfree_bytes =
+            (metrics.as_ref().ok()).map(|metrics| ram_bytes.saturating_sub(metrics.mem_free));
+        let skipped = metrics.err().map(|error| error.to_string());
+        course.note(PauseStep::CountFree, since, skipped);
+        Drained(course, staged)
     }
 }
 
 /// The host has got back what it could.
-pub(super) struct Drained(Course);
+pub(super) struct Drained(Course, StagedBuild);
 
 impl Drained {
     /// Stops the vCPUs.
     pub(super) async fn stop(self) -> Result<Stopped, PauseFailure> {
-        let mut course = self.0;
+        let Self(mut course, staged) = self;
         let (guard, since) = begin_step(&course.request, PauseStep::Stop);
         let stopped = course.sandbox.vmm().stop_vcpus().await;
         drop(guard);
@@ -206,6 +238,7 @@ impl Drained {
             .map_or(Duration::ZERO, |frozen| frozen.elapsed());
         Ok(Stopped {
             course,
+            staged,
             stopped_at: since,
         })
     }
@@ -214,6 +247,7 @@ impl Drained {
 /// The vCPUs stand still.
 pub(super) struct Stopped {
     course: Course,
+    staged: StagedBuild,
     stopped_at: Instant,
 }
 
@@ -222,6 +256,7 @@ impl Stopped {
     pub(super) async fn settle(self) -> Result<Settled, PauseFailure> {
         let Self {
             mut course,
+            staged,
             stopped_at,
         } = self;
         let (guard, since) = begin_step(&course.request, PauseStep::Settle);
@@ -231,6 +266,7 @@ impl Stopped {
         match plan {
             Ok(plan) => Ok(Settled {
                 course,
+                staged,
                 stopped_at,
                 plan,
             }),
@@ -242,6 +278,7 @@ impl Stopped {
 /// What has changed is known.
 pub(super) struct Settled {
     course: Course,
+    staged: StagedBuild,
     stopped_at: Instant,
     plan: CapturePlan,
 }
@@ -251,6 +288,7 @@ impl Settled {
     pub(super) async fn capture(self) -> Result<Captured, PauseFailure> {
         let Self {
             mut course,
+            staged,
             stopped_at,
             plan,
         } = self;
@@ -271,6 +309,7 @@ impl Settled {
                 let freeze = stopped_at.elapsed();
                 Ok(Captured {
                     course,
+                    staged,
                     stopped_at,
                     freeze,
                     state,
@@ -285,6 +324,7 @@ impl Settled {
 /// The guest could go on: everything that a build needs of it but its disk is in our hands.
 pub(super) struct Captured {
     course: Course,
+    staged: StagedBuild,
     stopped_at: Instant,
     freeze: Duration,
     state: Vec<u8>,
@@ -293,19 +333,15 @@ pub(super) struct Captured {
 
 impl Captured {
     /// Writes the build's files; it is not visible yet.
-    pub(super) async fn write(self, host: &Host) -> Result<Written, PauseFailure> {
+    pub(super) async fn write(self) -> Result<Written, PauseFailure> {
         let Self {
             mut course,
+            staged,
             stopped_at,
             freeze,
             state,
             memory,
         } = self;
-        let staged = host.storage().begin_build(course.request.build);
-        let staged = match staged {
-            Ok(staged) => staged,
-            Err(error) => return Err(course.roll_back(PauseStep::WriteMemory, error.into()).await),
-        };
         let parent = course.sandbox.parent();
         let (guard, since) = begin_step(&course.request, PauseStep::WriteMemory);
         let total_pages = course.sandbox.spec().memory_pages();

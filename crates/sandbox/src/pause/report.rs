@@ -11,12 +11,16 @@ use torpor_vmm::DrainReport;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PauseStep {
+    /// The new build's id is claimed.
+    Claim,
     /// The user's processes stand still; the guest's kernel and envd go on.
     FreezeUser,
     /// The guest gives up what it does not need.
     Reclaim,
     /// The guest's free pages come back to the host.
     Drain,
+    /// The guest is asked how much of its memory is not free.
+    CountFree,
     /// The vCPUs stop.
     Stop,
     /// The pager has seen every event of before the stop.
@@ -38,9 +42,11 @@ impl PauseStep {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Claim => "claim",
             Self::FreezeUser => "freeze_user",
             Self::Reclaim => "reclaim",
             Self::Drain => "drain",
+            Self::CountFree => "count_free",
             Self::Stop => "stop",
             Self::Settle => "settle",
             Self::SaveState => "save_state",
@@ -55,9 +61,11 @@ impl PauseStep {
     #[must_use]
     pub fn doing(self) -> &'static str {
         match self {
+            Self::Claim => "claim the build's id",
             Self::FreezeUser => "freeze the user's processes",
             Self::Reclaim => "reclaim in the guest",
             Self::Drain => "drain free pages",
+            Self::CountFree => "count the guest's free memory",
             Self::Stop => "stop the vCPUs",
             Self::Settle => "settle the pager",
             Self::SaveState => "save device state",
@@ -106,9 +114,10 @@ pub struct PauseReport {
     pub user_frozen_ms: f64,
     /// From the vCPUs' stop until memory and device state were captured: the guest could go on.
     pub freeze_ms: f64,
-    /// From the vCPUs' stop until the build was durable.
+    /// From the vCPUs' stop until the build was durable. In a manifest: until its commit began,
+    /// since a manifest is written before it is durable.
     pub durable_ms: f64,
-    /// From the request until the build was durable.
+    /// From the request until the build was durable. In a manifest as `durable_ms`.
     pub total_ms: f64,
     /// What became of the memory's pages.
     pub memory: LayerSummary,

@@ -157,6 +157,7 @@ pub(crate) fn still_running(paused: Result<Paused, PauseFailure>) -> (Sandbox, P
             sandbox,
             step,
             source,
+            not_thawed: None,
         }) => (*sandbox, step, source.to_string()),
         other => panic!("not still running: {other:?}"),
     }

@@ -146,9 +146,10 @@ fn add_devices(args: &mut Arguments, machine: &MachineConfig) -> Result<()> {
     args.pair("-blockdev", &base_image(&machine.base_image)?);
     args.device(0, "virtio-blk-device,drive=base,serial=base");
     args.pair("-blockdev", &writable_disk(&machine.writable_disk)?);
+    // A full host disk is the guest's write error: QEMU's own way is to stop the guest, silently.
     args.device(
         1,
-        "virtio-blk-device,drive=layer,serial=layer,discard_granularity=4096",
+        "virtio-blk-device,drive=layer,serial=layer,discard_granularity=4096,werror=report",
     );
     args.socket("agent", inherited::AGENT)
         .device(2, "virtio-serial-device,max_ports=2");

@@ -4,7 +4,9 @@
 //! Linux starts one 2 s after pages were freed (`PAGE_REPORTING_DELAY`, mm/page_reporting.c) and
 //! the next 2 s after that, as long as there is something left; each round reports up to a
 //! sixteenth of a long free list. The host sees a round only by what it releases: the memfd's
-//! allocated blocks fall.
+//! allocated blocks fall. In a lazily resumed guest that is not enough, since pages that were never
+//! brought in are given back as well and change no block, and pages that are brought in hide a fall:
+//! there the pager's count of discarded pages is watched, which only grows.
 //!
 //! So *settled* means: over a time in which a round must have come ([`QUIET`]), less came back
 //! than is worth waiting for ([`WORTH_BYTES`]). A guest is never wholly silent, and the tail of
@@ -24,7 +26,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::memory::allocated_bytes;
 use crate::qemu::command_line::BALLOON_PATH;
 use crate::qemu::instance::Instance;
-use crate::vmm::{DrainOutcome, DrainReport};
+use crate::vmm::{DiscardedBytes, DrainOutcome, DrainReport};
 
 /// One period of the guest's reporting (2 s), and half a second for a slow guest to get through
 /// its round.
@@ -36,7 +38,11 @@ const WORTH_BYTES: u64 = 1 << 20;
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Drains for at most `ceiling`.
-pub(super) async fn drain(qemu: &Instance, ceiling: Duration) -> DrainReport {
+pub(super) async fn drain(
+    qemu: &Instance,
+    ceiling: Duration,
+    discarded: Option<DiscardedBytes<'_>>,
+) -> DrainReport {
     let started = Instant::now();
     let mut watch = SettleWatch::default();
     let outcome = if ceiling.is_zero() {
@@ -46,7 +52,7 @@ pub(super) async fn drain(qemu: &Instance, ceiling: Duration) -> DrainReport {
         match tokio::time::timeout_at(deadline, reporting(qemu)).await {
             Ok(Reporting::Off) => DrainOutcome::Unsupported,
             Ok(Reporting::GuestSilent) => DrainOutcome::GuestSilent,
-            Ok(Reporting::On) => wait_until_settled(qemu, started, deadline, &mut watch).await,
+            Ok(Reporting::On) => wait_until_settled(qemu, deadline, discarded, &mut watch).await,
             Err(_) => DrainOutcome::CeilingReached,
         }
     };
@@ -60,11 +66,12 @@ pub(super) async fn drain(qemu: &Instance, ceiling: Duration) -> DrainReport {
 
 async fn wait_until_settled(
     qemu: &Instance,
-    started: Instant,
     deadline: Instant,
+    discarded: Option<DiscardedBytes<'_>>,
     watch: &mut SettleWatch,
 ) -> DrainOutcome {
-    let mut next_look = Instant::now();
+    let started = Instant::now();
+    let mut next_look = started;
     loop {
         if let Some(exit) = qemu.process.exited() {
             return DrainOutcome::Failed(format!("the VMM {exit}"));
@@ -74,7 +81,11 @@ async fn wait_until_settled(
             Err(e) => return DrainOutcome::Failed(format!("cannot look at guest memory: {e}")),
         };
         let now = Instant::now();
-        if watch.look(now.duration_since(started), held_bytes) {
+        let seen = match discarded {
+            Some(discarded) => Seen::DiscardedBytes(discarded()),
+            None => Seen::HeldBytes(held_bytes),
+        };
+        if watch.look(now.duration_since(started), seen) {
             return DrainOutcome::Settled;
         }
         if now >= deadline {
@@ -132,22 +143,42 @@ async fn reporting(qemu: &Instance) -> Reporting {
     }
 }
 
+/// What a look shows.
+#[derive(Debug, Clone, Copy)]
+enum Seen {
+    /// What the guest holds: falls by what is released, grows by what is taken.
+    HeldBytes(u64),
+    /// All that was ever discarded: only grows.
+    DiscardedBytes(u64),
+}
+
+impl Seen {
+    /// What was released since an earlier look of the same kind.
+    fn released_since(self, previous: Self) -> u64 {
+        match (previous, self) {
+            (Self::HeldBytes(before), Self::HeldBytes(now)) => before.saturating_sub(now),
+            (Self::DiscardedBytes(before), Self::DiscardedBytes(now)) => now.saturating_sub(before),
+            _ => 0,
+        }
+    }
+}
+
 /// Decides when the memory has stopped falling. Values in, decision out: no clock, no I/O.
 #[derive(Debug, Default)]
 struct SettleWatch {
     released_bytes: u64,
-    previous_bytes: Option<u64>,
+    previous: Option<Seen>,
     /// When the present quiet time began, and what had been released by then.
     quiet_since: Duration,
     released_before_quiet: u64,
 }
 
 impl SettleWatch {
-    /// Takes one look at what the guest holds; true if it has settled. What the guest takes
-    /// between two looks is no release, and does not undo one.
-    fn look(&mut self, now: Duration, held_bytes: u64) -> bool {
-        let previous = self.previous_bytes.replace(held_bytes);
-        let fallen = previous.map_or(0, |previous| previous.saturating_sub(held_bytes));
+    /// Takes one look; true if the guest has settled. What it takes between two looks is no
+    /// release, and does not undo one.
+    fn look(&mut self, now: Duration, seen: Seen) -> bool {
+        let previous = self.previous.replace(seen);
+        let fallen = previous.map_or(0, |previous| seen.released_since(previous));
         self.released_bytes += fallen;
         if previous.is_none() || self.released_bytes - self.released_before_quiet >= WORTH_BYTES {
             self.quiet_since = now;
@@ -172,7 +203,7 @@ mod tests {
         let mut watch = SettleWatch::default();
         let at = (0..until_ms)
             .step_by(50)
-            .find(|now| watch.look(ms(*now), held(*now)));
+            .find(|now| watch.look(ms(*now), Seen::HeldBytes(held(*now))));
         (at, watch.released_bytes)
     }
 
@@ -191,6 +222,17 @@ mod tests {
             _ => 178 * MIB,
         };
         assert_eq!(settles_at(20_000, held), (Some(5_900 + 2_500), 122 * MIB));
+    }
+
+    #[test]
+    fn discards_count_where_no_block_falls() {
+        let mut watch = SettleWatch::default();
+        // 40 MiB that were never brought in are given back at 2 s.
+        let discarded = |now: u64| if now < 2_000 { 0 } else { 40 * MIB };
+        let at = (0..20_000)
+            .step_by(50)
+            .find(|now| watch.look(ms(*now), Seen::DiscardedBytes(discarded(*now))));
+        assert_eq!((at, watch.released_bytes), (Some(4_500), 40 * MIB));
     }
 
     #[test]

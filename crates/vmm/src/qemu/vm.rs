@@ -14,7 +14,7 @@ use crate::qemu::binary::QemuBinary;
 use crate::qemu::command_line::Start;
 use crate::qemu::instance::Instance;
 use crate::qemu::{drain, state};
-use crate::vmm::{DrainReport, Vmm, VmmExit};
+use crate::vmm::{DiscardedBytes, DrainReport, Vmm, VmmExit};
 
 /// A QEMU with a guest in it.
 #[derive(Debug)]
@@ -90,8 +90,8 @@ impl Vmm for QemuVm {
         state::save(&self.qemu).await
     }
 
-    async fn drain(&self, ceiling: Duration) -> DrainReport {
-        drain::drain(&self.qemu, ceiling).await
+    async fn drain(&self, ceiling: Duration, discarded: Option<DiscardedBytes<'_>>) -> DrainReport {
+        drain::drain(&self.qemu, ceiling, discarded).await
     }
 
     async fn wait_exit(&self) -> VmmExit {
