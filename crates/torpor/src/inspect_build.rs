@@ -55,15 +55,19 @@ struct Validated {
 
 pub(crate) async fn run(context: &Context, args: InspectBuildArgs) -> Result<(), CliError> {
     let storage = context.open_storage().await?;
-    let progress = context.output.progress();
+    let output = context.output;
     let (inspected, damage) = blocking(move || {
         let build = storage.open_build(&storage.resolve(&args.build)?)?;
         let mut damage = None;
         let mut validation = None;
         if args.validate {
-            let _step = progress.step("read and verify everything");
+            let bar = output.bytes_bar("read and verify everything");
             let recursive = args.recursive;
-            let mut found = build.validate(ValidateOptions { recursive });
+            let mut found =
+                build.validate_with(ValidateOptions { recursive }, &mut |done, total| {
+                    bar.set(done, total);
+                });
+            drop(bar);
             validation = Some(Validated {
                 bytes: found.bytes,
                 frames: found.frames,

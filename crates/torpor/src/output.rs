@@ -79,6 +79,48 @@ impl Output {
     }
 }
 
+impl Output {
+    /// Progress of a long step that knows how many bytes it has to go through: a bar on a terminal,
+    /// one line at its end elsewhere.
+    #[expect(clippy::unused_self, reason = "whoever speaks holds an Output")]
+    pub(crate) fn bytes_bar(self, step: &'static str) -> BytesBar {
+        // Draws nothing where standard error is no terminal.
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        let style =
+            ProgressStyle::with_template("{msg} {bar:30} {bytes} of {total_bytes}, {eta} left");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_message(step);
+        let since = Instant::now();
+        BytesBar { bar, step, since }
+    }
+}
+
+/// A bar; its step ends when it is dropped.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct BytesBar {
+    bar: ProgressBar,
+    step: &'static str,
+    since: Instant,
+}
+
+impl BytesBar {
+    pub(crate) fn set(&self, done: u64, total: u64) {
+        if self.bar.length() != Some(total) {
+            self.bar.set_length(total);
+        }
+        self.bar.set_position(done);
+    }
+}
+
+impl Drop for BytesBar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+        let took = ms(self.since.elapsed().as_secs_f64() * 1e3);
+        drop(writeln!(io::stderr(), "  {}: {took}", self.step));
+    }
+}
+
 /// How often the spinner turns.
 const SPINNER_TICK: Duration = Duration::from_millis(100);
 
