@@ -386,3 +386,29 @@ async fn a_quiet_process_is_waited_for_and_a_guest_that_stands_still_is_not() {
     );
     kill(pid, HostSignal::SIGCONT).unwrap();
 }
+
+#[tokio::test]
+async fn terminal_input_is_held_back_until_the_program_reads_it() {
+    let agent = Agent::start();
+    let envd = agent.envd().await;
+    // Raw, so that the kernel keeps what it has no room for waiting instead of dropping it.
+    let line = "stty raw -echo; echo ready; sleep 2; head -c 50000 | sha256sum";
+    let size = PtySize { cols: 80, rows: 24 };
+    let mut reader = envd.start(&sh(line).pty(size), None).await.unwrap();
+    let first = reader.next().await.unwrap();
+    assert!(matches!(first, Some(ProcessEvent::Pty(ref bytes)) if bytes.starts_with(b"ready")));
+    let typed: Vec<u8> = (0..50_000_u32)
+        .map(|n| b'a' + u8::try_from(n % 23).unwrap())
+        .collect();
+    let process = Selector::Pid(reader.pid());
+    for piece in typed.chunks(4096) {
+        envd.send_pty(&process, piece).await.unwrap();
+    }
+    let sum = output(
+        &envd,
+        &sh("i=0; s=abcdefghijklmnopqrstuvw; while [ $i -lt 2174 ]; do printf $s; i=$((i+1)); done | head -c 50000 | sha256sum"),
+    )
+    .await;
+    let arrived = reader.output().await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&arrived.stdout).trim(), sum.trim());
+}

@@ -388,7 +388,9 @@ fn interrupts(place: &Place) {
         "--cmd",
         "echo up; sleep 600",
     ];
-    let pausing = ["resume-build", "--from-build", "layer", "--pause"];
+    // Enough to write that the pause is still at it when the signal comes.
+    let fill = "head -c 60000000 /dev/urandom > /dev/shm/f";
+    let pausing = ["resume-build", "--from-build", "layer", "--cmd-pause", fill];
     for (args, moment) in [(&sleeping[..], "run"), (&pausing[..], "staging")] {
         let running = place.start(args);
         let vmm = running.vmm();
