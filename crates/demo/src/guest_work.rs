@@ -33,7 +33,7 @@ const LINE_BYTES_MAX: usize = 16 << 10;
 /// Between two looks at the counter, which counts every 5 ms.
 const COUNTER_WATCH: Duration = Duration::from_millis(100);
 /// How far a resumed guest's clock may be from the host's.
-const CLOCK_OFF_MS_MAX: i64 = 2000;
+const CLOCK_OFF_MS_MAX: i64 = 1000;
 
 /// Sends the program into the guest.
 ///
@@ -93,9 +93,15 @@ pub async fn work(envd: &Envd) -> Result<Ready> {
         command = command.arg(mib.to_string());
     }
     let mut process = envd.start(&command, None).await?;
-    read_line(&mut process, WORK_MAX)
+    let ready: Ready = read_line(&mut process, WORK_MAX)
         .await
-        .context("the workload does not get ready")
+        .context("the workload does not get ready")?;
+    ensure!(
+        ready.cache_bytes >= size.cache_mib << 20,
+        "the guest has only {} bytes of files to read: use a larger base image",
+        ready.cache_bytes
+    );
+    Ok(ready)
 }
 
 /// Asks the workload to look at its state.

@@ -67,6 +67,8 @@ struct Ratios {
     freeze: f64,
     /// From stop to durable.
     durable: f64,
+    /// The whole pause, reclaim and drain included, to the time from stop to durable.
+    pause: f64,
     /// The median resume, warm.
     resume: f64,
 }
@@ -176,6 +178,7 @@ fn ratios(lean: &ArmReport, qemu: &Baseline, warm_ms: f64) -> Ratios {
         stored_bytes: lean.memory_stored_bytes as f64 / file,
         freeze: lean.freeze_ms / qemu.freeze_ms,
         durable: lean.durable_ms / qemu.durable_ms,
+        pause: lean.pause.total_ms / qemu.durable_ms,
         resume: warm_ms / qemu.resume.median_ms,
     }
 }
@@ -248,7 +251,7 @@ fn beside_text(report: &BenchReport) -> String {
             to.stored_bytes,
         ),
         row(
-            "this build's file, compressed, MiB",
+            "this build's own file (its template's come on top), MiB",
             format!("{:.1}", mib(own)),
             file,
             to.own_layer_bytes,
@@ -264,6 +267,12 @@ fn beside_text(report: &BenchReport) -> String {
             format!("{:.1}", lean.durable_ms),
             qemu.durable_ms,
             to.durable,
+        ),
+        row(
+            "the whole pause, reclaim and drain included, ms",
+            format!("{:.1}", lean.pause.total_ms),
+            qemu.durable_ms,
+            to.pause,
         ),
         row(
             "resume to first answer, median, ms",

@@ -105,22 +105,19 @@ async fn run(args: &Args) -> Result<bool> {
     Ok(verified)
 }
 
-/// The workloads of the arms whose guests keep what they free run side by side; a guest that gives
-/// pages back by itself is paused right after its workload, so that its drain is not half done.
+/// One after the other: two guests at once would disturb each other's figures.
 async fn run_arms(
     host: &Host,
     templates: &Templates,
     watch: &Watch,
 ) -> Result<(Vec<ArmReport>, Check)> {
-    let (plain, reclaim) = tokio::try_join!(
-        Box::pin(prepare(host, templates, PLAIN, watch)),
-        Box::pin(prepare(host, templates, RECLAIM, watch)),
-    )?;
-    let (plain, _) = Box::pin(plain.pause(host, watch)).await?;
-    let (reclaim, _) = Box::pin(reclaim.pause(host, watch)).await?;
-    let drain = Box::pin(prepare(host, templates, DRAIN, watch)).await?;
-    let (drain, _) = Box::pin(drain.pause(host, watch)).await?;
-    let both = Box::pin(prepare(host, templates, RECLAIM_DRAIN, watch)).await?;
-    let (both, before) = Box::pin(both.pause(host, watch)).await?;
-    Ok((vec![plain, reclaim, drain, both], before))
+    let mut reports = Vec::new();
+    let mut last = None;
+    for arm in [PLAIN, RECLAIM, DRAIN, RECLAIM_DRAIN] {
+        let prepared = Box::pin(prepare(host, templates, arm, watch)).await?;
+        let (report, before) = Box::pin(prepared.pause(host, watch)).await?;
+        reports.push(report);
+        last = Some(before);
+    }
+    Ok((reports, last.context("there are four arms")?))
 }
