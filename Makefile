@@ -24,8 +24,8 @@ demo: setup build ## run the main job on a real guest: target/demo/report.json a
 test: setup build ## run every test, real guests included
 	@cargo test --locked --workspace
 
-test-long: setup build ## run the tests that take long, too
-	@cargo test --locked --workspace -- --include-ignored
+test-long: setup build ## the same with the models run for thousands of cases, and tests that take long
+	@PROPTEST_CASES=5000 cargo test --locked --workspace -- --include-ignored
 
 bench: setup build ## measure, against the bars that the README names
 	@$(TARGET_DIR)/release/torpor-bench
