@@ -54,9 +54,10 @@ pub(crate) enum CliError {
     /// A pause that lost the sandbox; the failure says what is intact.
     #[error("{0}")]
     PauseLost(String),
-    #[error("the sandbox is lost: its VMM {exit}; {}", last_build(*parent))]
+    #[error("the sandbox is lost: its VMM {exit}{}; {}", because(why.as_ref()), last_build(*parent))]
     Lost {
         exit: Box<VmmExit>,
+        why: Option<String>,
         parent: Option<BuildId>,
     },
     #[error("the command of {option} failed in the guest: {status}; the sandbox was discarded")]
@@ -102,6 +103,10 @@ fn outcome(kept: &[Kept]) -> String {
     }
     let kept: Vec<_> = kept.iter().map(ToString::to_string).collect();
     format!("but {} was complete already and stays", kept.join(", "))
+}
+
+fn because(why: Option<&String>) -> String {
+    why.map_or_else(String::new, |why| format!(", because {why}"))
 }
 
 fn last_build(parent: Option<BuildId>) -> String {

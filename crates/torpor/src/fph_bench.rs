@@ -12,6 +12,7 @@ use crate::cli::ResumeBuildArgs;
 use crate::context::Context;
 use crate::error::CliError;
 use crate::guest_command::{Stdout, must_succeed};
+use crate::output::mib;
 use crate::resume_build::resume_once;
 use crate::{pausing, report};
 
@@ -24,8 +25,13 @@ struct Compared {
     drain_ceiling_ms: u64,
     without_drain: PauseReport,
     with_drain: PauseReport,
-    /// Bytes of memory stored with the drain, for each one stored without; absent when nothing was.
+    /// Distinct uncompressed bytes of memory that each build reaches through all its layers: what
+    /// the drain takes out of the parent's pages counts as well.
+    stored_bytes_without_drain: u64,
+    stored_bytes_with_drain: u64,
+    /// The one with the drain, for each byte of the one without; absent when there was none.
     stored_ratio: Option<f64>,
+    /// The same of the bytes that each build's own layer takes, compressed.
     compressed_ratio: Option<f64>,
 }
 
@@ -37,12 +43,14 @@ pub(crate) async fn run(
     args: &ResumeBuildArgs,
 ) -> Result<(), CliError> {
     let ceiling_ms = args.run.fph_timeout_ms.unwrap_or(DEFAULT_CEILING_MS);
-    let without = Box::pin(arm(context, host, from, line, args, 0)).await?;
-    let with = Box::pin(arm(context, host, from, line, args, ceiling_ms)).await?;
+    let (without, stored_without) = Box::pin(arm(context, host, from, line, args, 0)).await?;
+    let (with, stored_with) = Box::pin(arm(context, host, from, line, args, ceiling_ms)).await?;
     let compared = Compared {
         from_build: from,
         drain_ceiling_ms: ceiling_ms,
-        stored_ratio: ratio(with.memory.raw_bytes, without.memory.raw_bytes),
+        stored_bytes_without_drain: stored_without,
+        stored_bytes_with_drain: stored_with,
+        stored_ratio: ratio(stored_with, stored_without),
         compressed_ratio: ratio(
             with.memory.compressed_bytes,
             without.memory.compressed_bytes,
@@ -61,15 +69,19 @@ async fn arm(
     line: &str,
     args: &ResumeBuildArgs,
     drain_ceiling_ms: u64,
-) -> Result<PauseReport, CliError> {
+) -> Result<(PauseReport, u64), CliError> {
     let (sandbox, _resume) = resume_once(context, host, from, args).await?;
     must_succeed(&sandbox, "--cmd", line, Stdout::ToStderr).await?;
     let mut flags = pausing::flags(host, &sandbox, None, &args.run).await;
     flags.drain_ceiling_ms = drain_ceiling_ms;
     let build = context.new_build_id();
     let paused = pausing::into_build(context, host, sandbox, build, None, flags).await?;
+    let stats = paused.build.stats()?;
+    let stored_bytes = stats
+        .memory
+        .map_or(0, |memory| memory.reachable_stored_bytes);
     context.discard(paused.build).await?;
-    Ok(paused.report)
+    Ok((paused.report, stored_bytes))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown with two decimals")]
@@ -85,7 +97,9 @@ fn text(compared: &Compared) -> String {
     );
     let show = |ratio: Option<f64>| ratio.map_or_else(|| "n/a".to_owned(), |r| format!("{r:.2}"));
     format!(
-        "{table}\n\nmemory stored with the drain / without: {} ({} compressed)",
+        "{table}\n\nmemory stored, all layers: {} with the drain, {} without: {} ({} of the own layer, compressed)",
+        mib(compared.stored_bytes_with_drain),
+        mib(compared.stored_bytes_without_drain),
         show(compared.stored_ratio),
         show(compared.compressed_ratio)
     )
@@ -101,12 +115,17 @@ mod tests {
         let compared = Compared {
             from_build: BuildId::random(),
             drain_ceiling_ms: 5000,
+            stored_bytes_without_drain: 8 << 20,
+            stored_bytes_with_drain: 2 << 20,
             stored_ratio: ratio(2 << 20, 8 << 20),
             compressed_ratio: ratio(0, 0),
             without_drain: a_report(8 << 20),
             with_drain: a_report(2 << 20),
         };
         let text = text(&compared);
-        assert!(text.contains("0.25 (n/a compressed)"), "{text}");
+        assert!(
+            text.contains("0.25 (n/a of the own layer, compressed)"),
+            "{text}"
+        );
     }
 }

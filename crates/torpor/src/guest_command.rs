@@ -36,6 +36,8 @@ pub(crate) async fn while_alive<T, E: Into<CliError>>(
 ) -> Result<T, CliError> {
     let lost = |exit| CliError::Lost {
         exit: Box::new(exit),
+        // A VMM that was killed because of a page died of the page.
+        why: sandbox.pager_failure().map(|failure| failure.to_string()),
         parent: sandbox.parent_id(),
     };
     let error = tokio::select! {
