@@ -8,6 +8,9 @@
     reason = "tests are documented by their names and fail by panicking, helpers included"
 )]
 
+mod support;
+
+use rustix::process::Signal;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -266,9 +269,9 @@ fn a_second_interrupt_ends_a_clean_up_that_hangs() {
         })
     };
     until("it hangs", waits_for_the_pipe);
-    torpor.kill("INT");
+    torpor.kill(Signal::INT);
     std::thread::sleep(Duration::from_millis(500));
-    torpor.kill("INT");
+    torpor.kill(Signal::INT);
     let began = Instant::now();
     let done = torpor.done();
     assert!(began.elapsed() < Duration::from_secs(20), "it waited");
@@ -502,7 +505,7 @@ fn a_taken_id_is_refused_before_anything_starts() {
 
 #[test]
 fn an_interrupt_kills_the_vmm_and_leaves_nothing() {
-    for signal in ["INT", "TERM"] {
+    for (signal, name) in [(Signal::INT, "SIGINT"), (Signal::TERM, "SIGTERM")] {
         let place = Place::new();
         let (qemu, pid_file) = place.sleeping_qemu();
         let id = place.build(None, record(&qemu)).to_string();
@@ -520,11 +523,7 @@ fn an_interrupt_kills_the_vmm_and_leaves_nothing() {
         torpor.kill(signal);
         let done = torpor.done();
         assert_eq!(done.code, 130, "{}", done.stderr);
-        assert!(
-            done.stderr.contains(&format!("SIG{signal}")),
-            "{}",
-            done.stderr
-        );
+        assert!(done.stderr.contains(name), "{}", done.stderr);
         let proc = PathBuf::from("/proc").join(qemu_pid.trim());
         until("QEMU is gone", || !proc.exists());
         for dir in ["run", "staging"] {
@@ -551,15 +550,8 @@ fn record(qemu: &Path) -> VmmRecord {
 struct Running(Child);
 
 impl Running {
-    fn kill(&self, signal: &str) {
-        let pid = self.0.id().to_string();
-        assert!(
-            Command::new("kill")
-                .args(["-s", signal, &pid])
-                .status()
-                .unwrap()
-                .success()
-        );
+    fn kill(&self, signal: Signal) {
+        assert!(support::signal(self.0.id(), signal));
     }
 
     fn done(mut self) -> Done {

@@ -10,6 +10,9 @@
     reason = "tests are documented by their names and fail by panicking, helpers included"
 )]
 
+mod support;
+
+use rustix::process::Signal;
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -106,10 +109,8 @@ impl Running {
         self.0.as_ref().unwrap().id()
     }
 
-    fn signal(&self, name: &str) {
-        let pid = self.pid().to_string();
-        let sent = Command::new("kill").args(["-s", name, &pid]).status();
-        assert!(sent.unwrap().success());
+    fn signal(&self, signal: Signal) {
+        assert!(support::signal(self.pid(), signal));
     }
 
     /// Its VMM: the only child that it keeps.
@@ -132,11 +133,7 @@ impl Running {
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         std::thread::spawn(move || drop(sender.send(child.wait_with_output())));
         let Ok(output) = receiver.recv_timeout(DEADLINE) else {
-            drop(
-                Command::new("kill")
-                    .args(["-s", "KILL", &pid.to_string()])
-                    .status(),
-            );
+            support::signal(pid, Signal::KILL);
             panic!("torpor does not end");
         };
         let Output {
@@ -323,7 +320,7 @@ fn pauses(place: &Place) -> String {
     ];
     let running = place.start(&args);
     running.vmm();
-    running.signal("USR1");
+    running.signal(Signal::USR1);
     let done = running.done();
     assert_eq!(done.code, 0, "{}", done.stderr);
     let third: Value = serde_json::from_str(&done.stdout).unwrap();
@@ -396,7 +393,7 @@ fn interrupts(place: &Place) {
         let vmm = running.vmm();
         // For the pause: when it has begun to write.
         until("it is under way", || !place.left_in(moment).is_empty());
-        running.signal("INT");
+        running.signal(Signal::INT);
         let done = running.done();
         assert_eq!(done.code, 130, "{}", done.stderr);
         assert!(done.stderr.contains("is undone"), "{}", done.stderr);
@@ -416,7 +413,7 @@ fn a_killed_torpor(place: &Place) {
         "sleep 600",
     ]);
     let vmm = running.vmm();
-    running.signal("KILL");
+    running.signal(Signal::KILL);
     assert_eq!(running.done().code, -1);
     is_gone(vmm);
     assert!(
