@@ -327,11 +327,9 @@ mod tests {
             line.contains("drive=base,serial=base,bus=virtio-mmio-bus.23"),
             "{line}"
         );
-        assert!(
-            line.contains(
-                "drive=layer,serial=layer,discard_granularity=4096,bus=virtio-mmio-bus.22"
-            )
-        );
+        assert!(line.contains(
+            "drive=layer,serial=layer,discard_granularity=4096,werror=report,bus=virtio-mmio-bus.22"
+        ));
         assert!(
             line.contains(r#"/images/with, comma and \"quote\""#),
             "{line}"
