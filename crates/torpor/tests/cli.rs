@@ -259,8 +259,8 @@ fn a_second_interrupt_ends_a_clean_up_that_hangs() {
     assert!(made.success());
     let mut command = place.command(&["inspect-build", "stuck"]);
     let torpor = command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let torpor = Running(torpor.spawn().unwrap());
-    let status = PathBuf::from(format!("/proc/{}/task", torpor.0.id()));
+    let torpor = Running(Some(torpor.spawn().unwrap()));
+    let status = PathBuf::from(format!("/proc/{}/task", torpor.0.as_ref().unwrap().id()));
     let waits_for_the_pipe = || {
         fs::read_dir(&status).unwrap().flatten().any(|task| {
             fs::read_to_string(task.path().join("wchan")).is_ok_and(|at| at == "wait_for_partner")
@@ -517,7 +517,7 @@ fn an_interrupt_kills_the_vmm_and_leaves_nothing() {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let torpor = Running(torpor);
+        let torpor = Running(Some(torpor));
         until("QEMU was started", || pid_file.exists());
         let qemu_pid = fs::read_to_string(&pid_file).unwrap();
         torpor.kill(signal);
@@ -546,24 +546,30 @@ fn record(qemu: &Path) -> VmmRecord {
     }
 }
 
-/// A torpor that must not outlive its test.
-struct Running(Child);
+/// A torpor that must not outlive its test, however the test ends.
+struct Running(Option<Child>);
 
 impl Running {
     fn kill(&self, signal: Signal) {
-        assert!(support::signal(self.0.id(), signal));
+        assert!(support::signal(self.0.as_ref().unwrap().id(), signal));
     }
 
     fn done(mut self) -> Done {
         let began = Instant::now();
-        while self.0.try_wait().unwrap().is_none() {
-            if began.elapsed() > DEADLINE {
-                self.0.kill().unwrap();
-                panic!("torpor does not end");
-            }
+        while self.0.as_mut().unwrap().try_wait().unwrap().is_none() {
+            assert!(began.elapsed() <= DEADLINE, "torpor does not end");
             std::thread::sleep(Duration::from_millis(10));
         }
-        Done::of(self.0.wait_with_output().unwrap())
+        Done::of(self.0.take().unwrap().wait_with_output().unwrap())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            drop(child.kill());
+            drop(child.wait());
+        }
     }
 }
 
