@@ -176,6 +176,44 @@ async fn a_workload_that_fails_says_how_and_the_sandbox_can_still_be_paused() {
     assert_eq!(sh(&sandbox, "pgrep -c -x sleep || true").await, "0");
 }
 
+/// No signal reaches pid 1 from inside its machine, so its code is taken from under it.
+const KILL_ENVD: &str = r#"
+import re
+with open("/proc/1/mem", "r+b", buffering=0) as memory:
+    for line in open("/proc/1/maps"):
+        start, end, access = re.match(r"(\w+)-(\w+) (\S+)", line).groups()
+        if access.startswith("r-x") and "[" not in line:
+            memory.seek(int(start, 16))
+            memory.write(b"\xcc" * (int(end, 16) - int(start, 16)))
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_envd_is_killed_is_lost_and_its_last_build_is_intact() {
+    let host = host().await;
+    let template = template(&host).await;
+    let (sandbox, _) = resume_build(&host, &template).await;
+    let kill = Command::new("python3")
+        .arg("-c")
+        .arg(KILL_ENVD)
+        .outside_freezer();
+    drop(
+        sandbox
+            .envd()
+            .run(&kill, Duration::from_secs(60))
+            .await
+            .unwrap_err(),
+    );
+    let exit = sandbox.vmm().wait_exit().await;
+    assert!(exit.guest_ended(), "{exit}");
+    let told = lost(try_pause(sandbox, &host, PauseFlags::default()).await);
+    assert!(
+        told.contains(&format!("its last build {template} is intact")),
+        "{told}"
+    );
+    let (sandbox, _) = resume_build(&host, &template).await;
+    sh(&sandbox, "true").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_whose_kernel_panics_is_lost_and_its_last_build_is_named() {
     let host = host().await;
