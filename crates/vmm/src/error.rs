@@ -12,6 +12,17 @@ pub type Result<T> = std::result::Result<T, VmmError>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VmmError {
+    /// A VMM that another process owns could not be stopped for a look.
+    #[error(
+        "cannot look into the VMM with process id {pid}: {source}; only root, or its user where \
+         /proc/sys/kernel/yama/ptrace_scope is 0, may"
+    )]
+    Hold {
+        /// The VMM.
+        pid: u32,
+        /// Why.
+        source: io::Error,
+    },
     /// No QEMU.
     #[error("no {binary} found ({searched}); install it: apt-get install qemu-system-x86")]
     BinaryMissing {

@@ -28,6 +28,7 @@
 compile_error!("torpor runs on x86-64 Linux only: injection and the guest kernel depend on it");
 
 mod error;
+mod hold;
 mod host;
 mod inject;
 mod machine;
@@ -36,7 +37,8 @@ pub mod qemu;
 mod vmm;
 
 pub use error::{IdentityMismatch, InjectError, Result, VmmError};
+pub use hold::HeldVmm;
 pub use host::{KvmSupport, host_tsc_khz};
 pub use machine::{Accel, BootSource, MachineConfig, VmmIdentity};
-pub use memory::{GuestMemory, MemoryMapping};
+pub use memory::{GuestMemory, MemoryMapping, RamSegment};
 pub use vmm::{DiscardedBytes, DrainOutcome, DrainReport, Vmm, VmmExit};

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd_create};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, VmmError};
 
@@ -36,6 +37,17 @@ pub struct GuestMemory {
 pub struct MemoryMapping {
     /// Its first address in the VMM.
     pub host_addr: u64,
+    /// Its length in bytes.
+    pub len_bytes: u64,
+    /// Its offset in the memfd, in bytes.
+    pub guest_offset_bytes: u64,
+}
+
+/// A stretch of RAM in the guest's physical address space, and where it lies in the memfd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamSegment {
+    /// Its first guest-physical address.
+    pub guest_addr: u64,
     /// Its length in bytes.
     pub len_bytes: u64,
     /// Its offset in the memfd, in bytes.
@@ -101,7 +113,7 @@ pub(crate) fn locate(memfd: OwnedFd, pid: u32, len_bytes: u64) -> Result<GuestMe
 }
 
 /// All memfds live in one internal tmpfs: inode and name together say that it is ours.
-fn is_our_memfd(path: &str) -> bool {
+pub(crate) fn is_our_memfd(path: &str) -> bool {
     path.strip_prefix("/memfd:")
         .and_then(|rest| rest.strip_suffix(" (deleted)"))
         == Some(MEMFD_NAME)

@@ -13,6 +13,7 @@
 //! | `qmp` | commands with deadlines, descriptors |
 //! | `instance` | process + QMP + memory, and what both kinds of machine ask of them |
 //! | `state` | device state out and in |
+//! | `ram` | where the guest sees its RAM |
 //! | `drain` | when page reporting has settled |
 //! | `vm`, `incoming` | the two kinds of machine |
 
@@ -24,6 +25,7 @@ mod incoming;
 mod instance;
 mod process;
 mod qmp;
+mod ram;
 mod state;
 mod vm;
 

@@ -12,7 +12,7 @@ use tokio::net::UnixStream;
 
 use crate::error::Result;
 use crate::machine::VmmIdentity;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, RamSegment};
 
 /// A virtual machine that runs or stands still. Dropping it kills it.
 #[async_trait]
@@ -31,6 +31,9 @@ pub trait Vmm: Send + Sync + fmt::Debug {
     /// # Errors
     /// The VMM is gone, or its mappings cannot be read.
     fn memory(&self) -> Result<GuestMemory>;
+
+    /// Where the guest sees its RAM: sorted by address, disjoint, whole pages.
+    fn ram(&self) -> Vec<RamSegment>;
 
     /// The host's end of the channel to the agent in the guest; `None` once it was taken.
     fn take_agent_channel(&self) -> Option<UnixStream>;

@@ -39,7 +39,7 @@ const PAGE_BYTES: u64 = 4096;
 pub(super) struct Instance {
     pub(super) identity: VmmIdentity,
     pub(super) process: Process,
-    memory_bytes: u64,
+    pub(super) memory_bytes: u64,
     memfd: OwnedFd,
     qmp: Qmp,
     agent: Mutex<Option<UnixStream>>,

@@ -9,10 +9,11 @@ use tokio::net::UnixStream;
 
 use crate::error::{Result, VmmError};
 use crate::machine::{BootSource, MachineConfig, VmmIdentity};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, RamSegment};
 use crate::qemu::binary::QemuBinary;
 use crate::qemu::command_line::Start;
 use crate::qemu::instance::Instance;
+use crate::qemu::ram::ram_layout;
 use crate::qemu::{drain, state};
 use crate::vmm::{DiscardedBytes, DrainReport, Vmm, VmmExit};
 
@@ -63,6 +64,10 @@ impl Vmm for QemuVm {
 
     fn memory(&self) -> Result<GuestMemory> {
         self.qemu.memory()
+    }
+
+    fn ram(&self) -> Vec<RamSegment> {
+        ram_layout(self.qemu.memory_bytes)
     }
 
     fn take_agent_channel(&self) -> Option<UnixStream> {
