@@ -1,4 +1,4 @@
-//! The four arms: the same workload, paused in four ways, resumed, and verified.
+//! The arms: the same workload, paused in several ways, resumed, and verified.
 //!
 //! An arm has two halves. [`prepare`] resumes the template and does the workload; [`Prepared::pause`]
 //! pauses, resumes the new build and looks at everything. Only the second half is measured, so that
@@ -46,6 +46,10 @@ pub struct Arm {
     pub reclaim: bool,
     /// The drain's ceiling; 0 for none.
     pub drain_ceiling_ms: u64,
+    /// Whether the stopped guest's free pages are left out.
+    pub scan: bool,
+    /// Whether copies of the base image are stored as references.
+    pub references: bool,
 }
 
 /// Memory as it stands.
@@ -54,6 +58,8 @@ pub const PLAIN: Arm = Arm {
     template: Kind::Silent,
     reclaim: false,
     drain_ceiling_ms: 0,
+    scan: false,
+    references: false,
 };
 /// Page cache dropped, free pages kept.
 pub const RECLAIM: Arm = Arm {
@@ -65,14 +71,33 @@ pub const RECLAIM: Arm = Arm {
 pub const DRAIN: Arm = Arm {
     name: "drain",
     template: Kind::Reporting,
-    reclaim: false,
     drain_ceiling_ms: DRAIN_CEILING_MS,
+    ..PLAIN
 };
-/// Both: what torpor is for.
+/// Both: what can be had while the guest runs.
 pub const RECLAIM_DRAIN: Arm = Arm {
     name: "reclaim+drain",
     reclaim: true,
     ..DRAIN
+};
+/// Free pages found after the stop, page cache kept; the guest is asked nothing.
+pub const SCAN: Arm = Arm {
+    name: "scan",
+    scan: true,
+    ..PLAIN
+};
+/// And what stands in the base image is not stored again: what torpor does by itself.
+pub const SCAN_REFS: Arm = Arm {
+    name: "scan+refs",
+    template: Kind::SilentRefs,
+    references: true,
+    ..SCAN
+};
+/// And the page cache is dropped before.
+pub const RECLAIM_SCAN_REFS: Arm = Arm {
+    name: "reclaim+scan+refs",
+    reclaim: true,
+    ..SCAN_REFS
 };
 
 impl Arm {
@@ -81,6 +106,8 @@ impl Arm {
             drain_ceiling_ms: self.drain_ceiling_ms,
             reclaim: self.reclaim,
             reclaim_caps: RECLAIM_CAPS,
+            free_page_scan: self.scan,
+            disk_references: self.references,
         }
     }
 }

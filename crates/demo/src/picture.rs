@@ -7,7 +7,7 @@ use crate::arms::ArmReport;
 use crate::{mib, ratio};
 
 const WIDTH: f64 = 860.0;
-const LEFT: f64 = 150.0;
+const LEFT: f64 = 172.0;
 const RIGHT: f64 = 110.0;
 const TOP: f64 = 96.0;
 const ROW: f64 = 64.0;
@@ -51,7 +51,7 @@ pub fn draw(arms: &[ArmReport]) -> Document {
         .add(rectangle(0.0, 0.0, WIDTH, height, "#ffffff"))
         .add(label("What a paused guest stores", 24.0, 36.0, 20, INK).set("font-weight", 600))
         .add(label(
-            "uncompressed memory in MiB, through all layers; the same workload, four ways to pause",
+            "uncompressed memory in MiB, through all layers; the same workload, seven ways to pause",
             24.0,
             58.0,
             13,

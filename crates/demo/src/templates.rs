@@ -12,22 +12,26 @@ use crate::arms::DRAIN_CEILING_MS;
 use crate::watch::Watch;
 use crate::{GUEST_DISK_BYTES, GUEST_MEMORY_BYTES, guest_work};
 
-/// The flag file of a run: what tells the two templates apart.
+/// The flag file of a run: which templates report their free pages.
 pub const FLAGS: &str = r#"{
   "templates": {
     "reporting": { "free-page-reporting": true },
-    "silent": { "free-page-reporting": false }
+    "silent": { "free-page-reporting": false },
+    "silent-refs": { "free-page-reporting": false }
   }
 }
 "#;
 
-/// Whether a template's balloon reports free pages by itself.
+/// Whether a template's balloon reports free pages by itself, and how the template was stored: what
+/// an arm does not touch it has from there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// It does.
     Reporting,
     /// It does not: what the guest frees stays with it.
     Silent,
+    /// It does not, and the template was scanned and refers to its base image, as by default.
+    SilentRefs,
 }
 
 impl Kind {
@@ -35,28 +39,50 @@ impl Kind {
         match self {
             Self::Reporting => "reporting",
             Self::Silent => "silent",
+            Self::SilentRefs => "silent-refs",
+        }
+    }
+
+    fn flags(self) -> PauseFlags {
+        let exact = self == Self::SilentRefs;
+        PauseFlags {
+            // What booting freed goes back to the host as it would in the arms; without reporting
+            // there is nothing to wait for.
+            drain_ceiling_ms: match self {
+                Self::Reporting => DRAIN_CEILING_MS,
+                Self::Silent | Self::SilentRefs => 0,
+            },
+            free_page_scan: exact,
+            disk_references: exact,
+            ..PauseFlags::default()
         }
     }
 }
 
-/// Both templates.
+/// The templates.
 #[derive(Debug, Clone, Copy)]
 pub struct Templates {
     reporting: BuildId,
     silent: BuildId,
+    silent_refs: BuildId,
 }
 
 impl Templates {
-    /// Builds both at once: nothing is measured meanwhile.
+    /// Builds them at once: nothing is measured meanwhile.
     ///
     /// # Errors
     /// A guest does not boot, or its pause fails.
     pub async fn build(host: &Host, watch: &Watch) -> Result<Self> {
-        let (silent, reporting) = tokio::try_join!(
+        let (silent, reporting, silent_refs) = tokio::try_join!(
             Box::pin(build(host, Kind::Silent, watch)),
             Box::pin(build(host, Kind::Reporting, watch)),
+            Box::pin(build(host, Kind::SilentRefs, watch)),
         )?;
-        Ok(Self { reporting, silent })
+        Ok(Self {
+            reporting,
+            silent,
+            silent_refs,
+        })
     }
 
     /// One of them.
@@ -65,6 +91,7 @@ impl Templates {
         match kind {
             Kind::Reporting => &self.reporting,
             Kind::Silent => &self.silent,
+            Kind::SilentRefs => &self.silent_refs,
         }
     }
 }
@@ -90,16 +117,7 @@ async fn build(host: &Host, kind: Kind, watch: &Watch) -> Result<BuildId> {
     let request = PauseRequest {
         build: BuildId::random(),
         template: Some(name),
-        // What booting freed goes back to the host as it would in the arms; without reporting there
-        // is nothing to wait for.
-        flags: PauseFlags {
-            drain_ceiling_ms: if kind == Kind::Reporting {
-                DRAIN_CEILING_MS
-            } else {
-                0
-            },
-            ..PauseFlags::default()
-        },
+        flags: kind.flags(),
         progress: watch.progress(kind.name()),
     };
     Ok(Box::pin(pause(sandbox, host, request)).await?.build.id())

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
-use torpor_guest::{Channel, Envd, GuestError};
+use torpor_guest::{Channel, Envd, GuestError, InitResponse};
 use torpor_vmm::Vmm;
 
 use crate::error::StartError;
@@ -22,7 +22,7 @@ pub(crate) async fn first_answer(
     vmm: &dyn Vmm,
     run_dir: &Path,
     patience: Duration,
-) -> Result<Envd, StartError> {
+) -> Result<(Envd, InitResponse), StartError> {
     let Some(stream) = vmm.take_agent_channel() else {
         return Err(StartError::ChannelTaken);
     };
@@ -30,8 +30,8 @@ pub(crate) async fn first_answer(
     let answer = async {
         let channel = Channel::connect(stream, patience).await?;
         let envd = Envd::new(channel);
-        envd.init().await?;
-        Ok(envd)
+        let answer = envd.init().await?;
+        Ok((envd, answer))
     };
     let ended = |exit| StartError::Ended {
         exit: Box::new(exit),
@@ -39,7 +39,7 @@ pub(crate) async fn first_answer(
     };
     let source: GuestError = tokio::select! {
         answered = answer => match answered {
-            Ok(envd) => return Ok(envd),
+            Ok(answer) => return Ok(answer),
             Err(source) => source,
         },
         exit = vmm.wait_exit() => return Err(ended(exit)),

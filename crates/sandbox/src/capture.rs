@@ -8,9 +8,10 @@
 //! - Memory is read with `pread` from the memfd, never through a mapping: reading a hole through a
 //!   mapping would fill it.
 //! - A plan covers every page exactly once, in page order.
-//! - What a page is follows from the dirty set alone: *written* beats *removed* (a page that was
-//!   given back and then used again is in use), *removed* beats the parent, everything else is as
-//!   the parent has it. A hole in a lazily resumed memfd means nothing by itself.
+//! - What a page is follows from the scan and the dirty set alone: *free* beats everything (nobody
+//!   owns the content), *written* beats *removed* (a page that was given back and then used again
+//!   is in use), *removed* beats the parent, everything else is as the parent has it. A hole in a
+//!   lazily resumed memfd means nothing by itself.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -32,10 +33,57 @@ fn end(run: &PageRun) -> u64 {
 enum Verdict {
     /// As the parent build has it.
     Parent,
+    /// Free by the guest's own metadata.
+    Free,
     /// Given back by the guest (or, in a booted guest, never touched).
     Removed,
     /// Copied.
     Copied,
+}
+
+/// What has become of a guest's memory since its parent build. All runs in page order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Changes {
+    /// Pages whose bytes may be new.
+    pub(crate) written: Vec<PageRun>,
+    /// Pages that the guest gave back; some of them may have been written later.
+    pub(crate) removed: Vec<PageRun>,
+    /// What holds for all others.
+    otherwise: Verdict,
+}
+
+impl Changes {
+    /// Of a guest whose changes were tracked since its resume.
+    #[must_use]
+    pub(crate) fn tracked(written: Vec<PageRun>, removed: Vec<PageRun>) -> Self {
+        Self {
+            written,
+            removed,
+            otherwise: Verdict::Parent,
+        }
+    }
+
+    /// Of a guest without tracking (booted, or filled before it started): what is present may be
+    /// new, all else is absent and reads as zero.
+    #[must_use]
+    pub(crate) fn present(present: Vec<PageRun>) -> Self {
+        Self {
+            written: present,
+            removed: Vec::new(),
+            otherwise: Verdict::Removed,
+        }
+    }
+
+    /// What must be copied, now that the pages in `free` (in page order) are known to be nobody's.
+    #[must_use]
+    pub(crate) fn plan(&self, total_pages: u64, free: &[PageRun]) -> CapturePlan {
+        let by_precedence = [
+            (free, Verdict::Free),
+            (self.written.as_slice(), Verdict::Copied),
+            (self.removed.as_slice(), Verdict::Removed),
+        ];
+        CapturePlan::new(total_pages, by_precedence, self.otherwise)
+    }
 }
 
 /// Which pages are copied and what holds for the others.
@@ -46,42 +94,33 @@ pub(crate) struct CapturePlan {
 }
 
 impl CapturePlan {
-    /// For a guest whose changes were tracked since its resume. Both sets in page order.
-    #[must_use]
-    pub(crate) fn tracked(total_pages: u64, written: &[PageRun], removed: &[PageRun]) -> Self {
-        Self::new(total_pages, written, removed, Verdict::Parent)
-    }
-
-    /// For a guest without tracking (booted, or filled before it started): what is present is
-    /// copied, all else is absent and reads as zero.
-    #[must_use]
-    pub(crate) fn present(total_pages: u64, present: &[PageRun]) -> Self {
-        Self::new(total_pages, present, &[], Verdict::Removed)
-    }
-
-    fn new(total_pages: u64, copied: &[PageRun], removed: &[PageRun], otherwise: Verdict) -> Self {
+    /// The first set that holds a page decides.
+    fn new(
+        total_pages: u64,
+        by_precedence: [(&[PageRun], Verdict); 3],
+        otherwise: Verdict,
+    ) -> Self {
         let mut plan = Self {
             runs: Vec::new(),
             copied_pages: 0,
         };
-        let mut copied = copied.iter().copied().peekable();
-        let mut removed = removed.iter().copied().peekable();
+        let mut sets = by_precedence.map(|(runs, verdict)| (runs.iter().peekable(), verdict));
         let mut at = 0;
         while at < total_pages {
-            while copied.next_if(|run| end(run) <= at).is_some() {}
-            while removed.next_if(|run| end(run) <= at).is_some() {}
-            let next_copied = copied.peek().map_or(total_pages, |run| run.first_page);
-            let (verdict, until) = match (copied.peek(), removed.peek()) {
-                (Some(run), _) if run.first_page <= at => (Verdict::Copied, end(run)),
-                (_, Some(run)) if run.first_page <= at => {
-                    (Verdict::Removed, end(run).min(next_copied))
+            let (mut verdict, mut until) = (otherwise, total_pages);
+            for (runs, of_set) in &mut sets {
+                while runs.next_if(|run| end(run) <= at).is_some() {}
+                match runs.peek() {
+                    Some(run) if run.first_page <= at => {
+                        (verdict, until) = (*of_set, until.min(end(run)));
+                        break;
+                    }
+                    // From there on this set decides.
+                    Some(run) => until = until.min(run.first_page),
+                    None => {}
                 }
-                (_, next) => (
-                    otherwise,
-                    next_copied.min(next.map_or(total_pages, |run| run.first_page)),
-                ),
-            };
-            plan.push(at, until.min(total_pages), verdict);
+            }
+            plan.push(at, until, verdict);
             at = until;
         }
         plan
@@ -208,6 +247,7 @@ impl CapturedMemory {
         for (run, verdict) in &self.plan.runs {
             let content = match verdict {
                 Verdict::Parent => PageContent::Parent,
+                Verdict::Free => PageContent::Free,
                 Verdict::Removed => PageContent::Removed,
                 Verdict::Copied => {
                     let len = usize::try_from(run.pages)
@@ -270,11 +310,11 @@ mod tests {
 
     #[test]
     fn written_beats_removed_and_removed_beats_the_parent() {
-        let plan = CapturePlan::tracked(
-            20,
-            &[pages(4, 2), pages(10, 1)],
-            &[pages(3, 5), pages(9, 4)],
+        let changes = Changes::tracked(
+            vec![pages(4, 2), pages(10, 1)],
+            vec![pages(3, 5), pages(9, 4)],
         );
+        let plan = changes.plan(20, &[]);
         assert_eq!(
             plan.runs,
             [
@@ -293,8 +333,27 @@ mod tests {
     }
 
     #[test]
+    fn a_free_page_is_free_whatever_was_done_with_it() {
+        let changes = Changes::tracked(vec![pages(2, 4)], vec![pages(5, 3)]);
+        let plan = changes.plan(10, &[pages(1, 2), pages(5, 2), pages(9, 1)]);
+        assert_eq!(
+            plan.runs,
+            [
+                (pages(0, 1), Verdict::Parent),
+                (pages(1, 2), Verdict::Free),
+                (pages(3, 2), Verdict::Copied),
+                (pages(5, 2), Verdict::Free),
+                (pages(7, 1), Verdict::Removed),
+                (pages(8, 1), Verdict::Parent),
+                (pages(9, 1), Verdict::Free),
+            ]
+        );
+        assert_eq!(plan.copied_pages, 2);
+    }
+
+    #[test]
     fn holes_of_a_booted_guest_are_removed() {
-        let plan = CapturePlan::present(10, &[pages(2, 3)]);
+        let plan = Changes::present(vec![pages(2, 3)]).plan(10, &[]);
         assert_eq!(
             plan.runs,
             [
@@ -308,13 +367,14 @@ mod tests {
     #[test]
     fn a_plan_covers_every_page_once_whatever_the_sets() {
         use proptest::prelude::*;
-        let runs = proptest::collection::vec(0_u8..3, 0..64);
-        proptest!(|(verdicts in runs)| {
-            let total = verdicts.len() as u64;
-            let of = |wanted: u8| -> Vec<PageRun> {
+        // Each page's bits: free, written, removed.
+        let sets = proptest::collection::vec(0_u8..8, 0..64);
+        proptest!(|(sets in sets)| {
+            let total = sets.len() as u64;
+            let of = |bit: u8| -> Vec<PageRun> {
                 let mut runs: Vec<PageRun> = Vec::new();
-                for (at, verdict) in verdicts.iter().enumerate() {
-                    if *verdict == wanted {
+                for (at, bits) in sets.iter().enumerate() {
+                    if bits & bit != 0 {
                         match runs.last_mut() {
                             Some(run) if end(run) == at as u64 => run.pages += 1,
                             _ => runs.push(pages(at as u64, 1)),
@@ -323,12 +383,17 @@ mod tests {
                 }
                 runs
             };
-            let plan = CapturePlan::tracked(total, &of(1), &of(2));
-            let flat: Vec<u8> = plan.runs.iter().flat_map(|(run, verdict)| {
-                let code = match verdict { Verdict::Parent => 0, Verdict::Copied => 1, Verdict::Removed => 2 };
-                std::iter::repeat_n(code, usize::try_from(run.pages).unwrap())
+            let plan = Changes::tracked(of(2), of(4)).plan(total, &of(1));
+            let flat: Vec<Verdict> = plan.runs.iter().flat_map(|(run, verdict)| {
+                std::iter::repeat_n(*verdict, usize::try_from(run.pages).unwrap())
             }).collect();
-            prop_assert_eq!(flat, verdicts.clone());
+            let expected: Vec<Verdict> = sets.iter().map(|bits| match bits {
+                bits if bits & 1 != 0 => Verdict::Free,
+                bits if bits & 2 != 0 => Verdict::Copied,
+                bits if bits & 4 != 0 => Verdict::Removed,
+                _ => Verdict::Parent,
+            }).collect();
+            prop_assert_eq!(flat, expected);
         });
     }
 
@@ -342,7 +407,7 @@ mod tests {
             .unwrap();
         let present = present_pages(&file, 100).unwrap();
         assert_eq!(present, [pages(10, 2), pages(50, 1)]);
-        let plan = CapturePlan::tracked(100, &[pages(9, 4)], &[]);
+        let plan = Changes::tracked(vec![pages(9, 4)], vec![]).plan(100, &[]);
         let captured = plan.copy_from(&file).unwrap();
         assert_eq!(captured.bytes[..PAGE_SIZE], [0; PAGE_SIZE]);
         assert_eq!(captured.bytes[PAGE_SIZE..3 * PAGE_SIZE], [7; 2 * PAGE_SIZE]);

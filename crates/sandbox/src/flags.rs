@@ -45,6 +45,8 @@ const CEILING_MS_MAX: u64 = 600_000;
 const REPORTING: &str = "free-page-reporting";
 const DRAIN_CEILING: &str = "free-page-hinting-timeout-ms";
 const RECLAIM: &str = "reclaim-on-pause";
+const SCAN: &str = "free-page-scan";
+const REFERENCES: &str = "disk-references";
 const RECLAIM_CAPS: &str = "guest-pause-reclaim";
 
 /// Why a flag file was refused.
@@ -111,6 +113,10 @@ struct Scope {
     #[serde(skip_serializing_if = "Option::is_none")]
     reclaim_on_pause: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    free_page_scan: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disk_references: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     guest_pause_reclaim: Option<CapsInFile>,
 }
 
@@ -120,6 +126,8 @@ impl Scope {
             REPORTING => self.free_page_reporting.map(Value::Bool),
             DRAIN_CEILING => self.free_page_hinting_timeout_ms.map(int),
             RECLAIM => self.reclaim_on_pause.map(Value::Bool),
+            SCAN => self.free_page_scan.map(Value::Bool),
+            REFERENCES => self.disk_references.map(Value::Bool),
             RECLAIM_CAPS => self.guest_pause_reclaim.map(|caps| {
                 let mut fields = StructValue::default();
                 for (name, ms) in [
@@ -343,7 +351,7 @@ impl FlagSubject {
 }
 
 /// What a pause does beyond stopping and storing. Read once, when the pause begins.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PauseFlags {
     /// Ceiling of the drain, in milliseconds; 0 turns it off.
     pub drain_ceiling_ms: u64,
@@ -351,6 +359,23 @@ pub struct PauseFlags {
     pub reclaim: bool,
     /// Each reclaim step's cap.
     pub reclaim_caps: ReclaimCaps,
+    /// Leave out the pages that the stopped guest's own metadata calls free.
+    pub free_page_scan: bool,
+    /// Store pages that are copies of the base image's blocks as references to them.
+    pub disk_references: bool,
+}
+
+/// What touches a running guest is off; what only looks at a stopped one is on.
+impl Default for PauseFlags {
+    fn default() -> Self {
+        Self {
+            drain_ceiling_ms: 0,
+            reclaim: false,
+            reclaim_caps: ReclaimCaps::default(),
+            free_page_scan: true,
+            disk_references: true,
+        }
+    }
 }
 
 /// What is decided when a template is built. Read once, when it is booted.
@@ -392,18 +417,14 @@ impl Flags {
     pub async fn for_pause(&self, subject: &FlagSubject) -> PauseFlags {
         let context = subject.context();
         let defaults = PauseFlags::default();
-        let drain = self
-            .client
-            .get_int_value(DRAIN_CEILING, Some(&context), None)
+        let (client, context) = (&self.client, Some(&context));
+        let drain = client.get_int_value(DRAIN_CEILING, context, None).await;
+        let reclaim = client.get_bool_value(RECLAIM, context, None).await;
+        let caps = client
+            .get_struct_value::<CapsValue>(RECLAIM_CAPS, context, None)
             .await;
-        let reclaim = self
-            .client
-            .get_bool_value(RECLAIM, Some(&context), None)
-            .await;
-        let caps = self
-            .client
-            .get_struct_value::<CapsValue>(RECLAIM_CAPS, Some(&context), None)
-            .await;
+        let scan = client.get_bool_value(SCAN, context, None).await;
+        let references = client.get_bool_value(REFERENCES, context, None).await;
         PauseFlags {
             drain_ceiling_ms: drain
                 .ok()
@@ -411,6 +432,8 @@ impl Flags {
                 .unwrap_or(defaults.drain_ceiling_ms),
             reclaim: reclaim.unwrap_or(defaults.reclaim),
             reclaim_caps: caps.map_or(defaults.reclaim_caps, |caps| caps.0),
+            free_page_scan: scan.unwrap_or(defaults.free_page_scan),
+            disk_references: references.unwrap_or(defaults.disk_references),
         }
     }
 
@@ -466,6 +489,7 @@ mod tests {
         assert_eq!(pause, PauseFlags::default());
         assert!(!pause.reclaim);
         assert_eq!(pause.drain_ceiling_ms, 0);
+        assert!(pause.free_page_scan && pause.disk_references);
     }
 
     #[tokio::test]

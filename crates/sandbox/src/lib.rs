@@ -18,11 +18,13 @@ pub mod flags;
 pub mod host;
 pub mod initramfs;
 pub mod pause;
+mod physical;
 pub mod progress;
 pub mod resume;
 pub mod rootfs;
 pub mod run_times;
 mod sandbox;
+pub mod scan;
 mod spec;
 
 pub use sandbox::Sandbox;

@@ -16,15 +16,20 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::spawn_blocking;
-use torpor_build::{Build, BuildId, BuildInfo, ImageReader, Name, PAGE_SIZE, PageRun, RunDir};
+use torpor_anatomy::NoteLocation;
+use torpor_build::{
+    Build, BuildId, BuildInfo, ImageReader, Name, PAGE_SIZE, PageRun, RunDir, Storage,
+};
 use torpor_guest::Envd;
 use torpor_pager::{FailureSignal, PageSet, Pager, PagerFailure, PagerStats};
 use torpor_vmm::{DrainReport, Vmm};
 
 use crate::answer::first_answer;
-use crate::capture::{CapturePlan, CapturedMemory, present_pages};
+use crate::capture::{CapturePlan, CapturedMemory, Changes, present_pages};
 use crate::error::{StartError, StepError};
 use crate::pause::report::PauseReport;
+use crate::physical::{Content, StoppedMemory};
+use crate::scan::{self, Permission, ScanReport};
 use crate::spec::GuestSpec;
 
 /// Name of the writable disk in a run directory.
@@ -115,6 +120,8 @@ struct Body {
 pub struct Sandbox {
     body: Body,
     envd: Envd,
+    /// Where the guest's kernel says that its note is.
+    note: Option<NoteLocation>,
     working_set: Vec<PageRun>,
 }
 
@@ -152,7 +159,7 @@ impl Starting {
         let body = self.0;
         let answer = first_answer(&*body.vmm, body.run_dir.path(), patience);
         let build = body.parent.as_ref().map(|parent| parent.build.id());
-        let envd = body.memory.while_served(build, answer).await?;
+        let (envd, answer) = body.memory.while_served(build, answer).await?;
         // What was touched until now is what every resume of this build touches first.
         let working_set = match &body.memory {
             Memory::Lazy(pager) => pager.working_set().into_iter().map(build_run).collect(),
@@ -161,6 +168,7 @@ impl Starting {
         Ok(Sandbox {
             body,
             envd,
+            note: answer.vmcoreinfo.and_then(|text| text.parse().ok()),
             working_set,
         })
     }
@@ -236,32 +244,60 @@ impl Sandbox {
         }
     }
 
-    /// What must be copied of a stopped guest's memory. The pager settles first.
-    pub(crate) async fn plan_capture(
-        &self,
-        settle_max: Duration,
-    ) -> Result<CapturePlan, StepError> {
-        let total_pages = self.body.spec.memory_pages();
+    /// What has become of a stopped guest's memory since its parent build. The pager settles first.
+    pub(crate) async fn changes(&self, settle_max: Duration) -> Result<Changes, StepError> {
         match &self.body.memory {
             Memory::Lazy(pager) => {
                 let pager = Arc::clone(pager);
                 background(move || {
                     pager.settle(settle_max)?;
                     let dirty = pager.dirty()?;
-                    let runs = |set: &PageSet| set.runs().map(build_run).collect::<Vec<_>>();
-                    let (written, removed) = (runs(&dirty.written), runs(&dirty.removed));
-                    Ok(CapturePlan::tracked(total_pages, &written, &removed))
+                    let runs = |set: &PageSet| set.runs().map(build_run).collect();
+                    Ok(Changes::tracked(runs(&dirty.written), runs(&dirty.removed)))
                 })
                 .await
             }
             Memory::Booted | Memory::Eager => {
                 let file = Arc::clone(&self.body.memory_file);
+                let total_pages = self.body.spec.memory_pages();
                 let present = background(move || {
                     present_pages(&file, total_pages).map_err(StepError::Memory)
                 });
-                Ok(CapturePlan::present(total_pages, &present.await?))
+                Ok(Changes::present(present.await?))
             }
         }
+    }
+
+    /// Whether the guest may be scanned, as its kernel was built and booted.
+    pub(crate) async fn scan_permission(&self, storage: &Storage) -> Permission {
+        let (storage, spec, note) = (storage.clone(), self.body.spec.clone(), self.note);
+        let asked = background(move || Ok(scan::permission(&storage, &spec, note))).await;
+        asked.unwrap_or_else(|error| Err(error.to_string()))
+    }
+
+    /// Finds the stopped guest's free pages. Never fails: the report says why there are none.
+    pub(crate) async fn scan(
+        &self,
+        changes: &Changes,
+        permission: Permission,
+    ) -> (ScanReport, Vec<PageRun>) {
+        let memory = self.stopped_memory(changes.removed.clone());
+        let scanned = background(move || Ok(scan::scan(&memory, &permission))).await;
+        scanned.unwrap_or_else(|error| (ScanReport::not_scanned(error.to_string()), Vec::new()))
+    }
+
+    /// The stopped guest's memory by physical address.
+    fn stopped_memory(&self, removed: Vec<PageRun>) -> StoppedMemory {
+        let file = Arc::clone(&self.body.memory_file);
+        let content = match (&self.body.memory, &self.body.parent) {
+            (Memory::Lazy(_), Some(parent)) => Content::Lazy {
+                file,
+                parent: Arc::clone(&parent.memory),
+                removed,
+            },
+            _ => Content::File(file),
+        };
+        StoppedMemory::new(self.body.vmm.ram(), content)
     }
 
     /// Copies what the plan says out of the stopped guest's memory.

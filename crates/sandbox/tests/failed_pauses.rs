@@ -39,6 +39,7 @@ fn every_step() -> PauseFlags {
         reclaim: true,
         reclaim_caps,
         drain_ceiling_ms: 100,
+        ..PauseFlags::default()
     }
 }
 

@@ -98,6 +98,10 @@ Examples:
   # run a command and pause into a new build when it succeeds
   torpor resume-build --from-build base --cmd-pause 'echo hello > /root/hello' --reclaim
 
+  # what do the scan and the references save? compare the two reports
+  torpor resume-build --from-build base --cmd-pause './job'
+  torpor resume-build --from-build base --cmd-pause './job' --no-scan --no-refs
+
   # look around in it
   torpor resume-build --from-build base --shell
 
@@ -118,6 +122,15 @@ pub(crate) struct RunArgs {
     /// `free-page-hinting-timeout-ms`)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=FPH_TIMEOUT_MS_MAX))]
     pub(crate) fph_timeout_ms: Option<u64>,
+
+    /// Do not look for free pages in the stopped guest (overrides the flag `free-page-scan`)
+    #[arg(long)]
+    pub(crate) no_scan: bool,
+
+    /// Store pages that are copies of the base image's blocks as data (overrides the flag
+    /// `disk-references`)
+    #[arg(long)]
+    pub(crate) no_refs: bool,
 
     /// A JSON file of flags, looked at again at every pause
     #[arg(long, value_name = "FILE", env = "TORPOR_FLAGS")]

@@ -28,6 +28,8 @@ pub(crate) async fn flags(
 
 fn overridden(mut flags: PauseFlags, run: &RunArgs) -> PauseFlags {
     flags.reclaim |= run.reclaim;
+    flags.free_page_scan &= !run.no_scan;
+    flags.disk_references &= !run.no_refs;
     if let Some(ceiling_ms) = run.fph_timeout_ms {
         flags.drain_ceiling_ms = ceiling_ms;
     }
@@ -86,6 +88,8 @@ mod tests {
         let mut run = RunArgs {
             reclaim: false,
             fph_timeout_ms: None,
+            no_scan: false,
+            no_refs: false,
             flags: None,
             qemu: None,
             write_tracking: Tracking::Auto,
@@ -98,6 +102,9 @@ mod tests {
         assert_eq!(overridden(by_flags, &run), by_flags);
         run.fph_timeout_ms = Some(0);
         assert_eq!(overridden(by_flags, &run).drain_ceiling_ms, 0);
+        (run.no_scan, run.no_refs) = (true, true);
+        let without = overridden(by_flags, &run);
+        assert!(!without.free_page_scan && !without.disk_references);
         run.reclaim = true;
         assert!(overridden(PauseFlags::default(), &run).reclaim);
     }

@@ -9,7 +9,8 @@ use crate::output::{mib, ms, table};
 pub(crate) fn pause_text(report: &PauseReport) -> String {
     let steps = table(&["pause", "time", ""], &step_rows(report));
     let sizes = table(&["stored", "as is", "compressed"], &size_rows(report));
-    format!("{steps}\n\n{sizes}\n\n{}", guest_line(report))
+    let pages = table(&["memory", "pages", ""], &page_rows(report));
+    format!("{steps}\n\n{pages}\n\n{sizes}\n\n{}", guest_line(report))
 }
 
 fn guest_line(report: &PauseReport) -> String {
@@ -48,6 +49,26 @@ pub(crate) fn windows(report: &PauseReport) -> [(&'static str, f64); 4] {
         ("freeze window", report.freeze_ms),
         ("stop to durable", report.durable_ms),
         ("total", report.total_ms),
+    ]
+}
+
+/// What became of each page of memory; together they are all of it.
+fn page_rows(report: &PauseReport) -> Vec<Vec<String>> {
+    let memory = &report.memory;
+    let pages = &memory.pages;
+    let row = |name: &str, pages: u64| {
+        let bytes = pages.saturating_mul(PAGE_SIZE as u64);
+        vec![name.to_owned(), pages.to_string(), mib(bytes)]
+    };
+    let own = memory.stored_pages + memory.duplicate_pages;
+    vec![
+        row("stored", memory.stored_pages),
+        row("duplicates of these", memory.duplicate_pages),
+        row("in the base image", pages.base_image),
+        row("as the parent has it", pages.layer.saturating_sub(own)),
+        row("free", pages.free),
+        row("removed", pages.removed),
+        row("zero", pages.zero),
     ]
 }
 
@@ -124,6 +145,7 @@ pub(crate) mod tests {
             }],
             reclaim: None,
             drain: None,
+            scan: None,
             user_frozen_ms: 1.0,
             freeze_ms: 2.0,
             durable_ms: 3.0,

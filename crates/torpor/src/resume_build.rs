@@ -120,10 +120,12 @@ fn consistent(args: &ResumeBuildArgs, json: bool) -> Result<(), CliError> {
         return wrong("--to-build needs a pause: --pause, --cmd-pause, --signal-pause or --shell");
     }
     let pauses = may_pause || args.fph_bench || (args.shell && args.to_build.is_some());
-    if !pauses && (args.run.reclaim || args.run.fph_timeout_ms.is_some()) {
+    let run = &args.run;
+    let about_a_pause = run.reclaim || run.no_scan || run.no_refs || run.fph_timeout_ms.is_some();
+    if !pauses && about_a_pause {
         return wrong(
-            "--reclaim and --fph-timeout-ms are about a pause, and here is none: add --pause, \
-             --cmd-pause, --signal-pause, --fph-bench, or --to-build for --shell",
+            "--reclaim, --fph-timeout-ms, --no-scan and --no-refs are about a pause, and here is \
+             none: add --pause, --cmd-pause, --signal-pause, --fph-bench, or --to-build for --shell",
         );
     }
     if args.fph_bench && args.run.fph_timeout_ms == Some(0) {

@@ -1,6 +1,6 @@
 //! `make demo`: the main job on a real Linux guest.
 //!
-//! Builds two templates, pauses one workload in four ways, resumes and verifies each build, resumes
+//! Builds three templates, pauses one workload in seven ways, resumes and verifies each build, resumes
 //! the last one twice, and prints what each way stores and how long it takes.
 
 use std::io::Write as _;
@@ -10,7 +10,10 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use torpor_demo::arms::{ArmReport, DRAIN, PLAIN, RECLAIM, RECLAIM_DRAIN, prepare};
+use torpor_demo::arms::{
+    Arm, ArmReport, DRAIN, PLAIN, RECLAIM, RECLAIM_DRAIN, RECLAIM_SCAN_REFS, SCAN, SCAN_REFS,
+    prepare,
+};
 use torpor_demo::bench_space::BenchSpace;
 use torpor_demo::clones::resume_twice;
 use torpor_demo::report::{self, DemoReport, REPORT_VERSION, write_json};
@@ -20,10 +23,20 @@ use torpor_demo::{elapsed_ms, picture};
 use torpor_sandbox::host::Host;
 use torpor_workload::Check;
 
-/// Two templates, three stages for each of four arms, and the clones.
-const STAGES: u64 = 2 + 4 * 3 + 1;
+/// In the order of the table.
+const ARMS: [Arm; 7] = [
+    PLAIN,
+    RECLAIM,
+    DRAIN,
+    RECLAIM_DRAIN,
+    SCAN,
+    SCAN_REFS,
+    RECLAIM_SCAN_REFS,
+];
+/// Three templates, three stages for each arm, and the clones.
+const STAGES: u64 = 3 + 3 * ARMS.len() as u64 + 1;
 
-/// Show torpor's main job on a real Linux guest: four ways to pause, each resumed and verified.
+/// Show torpor's main job on a real Linux guest: seven ways to pause, each resumed and verified.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -113,11 +126,11 @@ async fn run_arms(
 ) -> Result<(Vec<ArmReport>, Check)> {
     let mut reports = Vec::new();
     let mut last = None;
-    for arm in [PLAIN, RECLAIM, DRAIN, RECLAIM_DRAIN] {
+    for arm in ARMS {
         let prepared = Box::pin(prepare(host, templates, arm, watch)).await?;
         let (report, before) = Box::pin(prepared.pause(host, watch)).await?;
         reports.push(report);
         last = Some(before);
     }
-    Ok((reports, last.context("there are four arms")?))
+    Ok((reports, last.context("there are arms")?))
 }

@@ -2,20 +2,19 @@
 //!
 //! ```text
 //! Running ─freeze user─reclaim─▶ Reclaimed ─drain─▶ Drained ─stop─▶ Stopped ─settle─▶ Settled
-//!    ▲                                                                │
-//!    │            every failure from here on resumes the vCPUs, ──────┤
-//!    └──────────── thaws, and keeps the sandbox as it was             ▼
-//!                        Committed ◀─commit─ Written ◀─write─ Captured ◀─capture
+//!    ▲                                                                │                 │ scan
+//!    │            every failure from here on resumes the vCPUs, ──────┤                 ▼
+//!    └──────────── thaws, and keeps the sandbox as it was             ▼              Scanned
+//!                        Committed ◀─commit─ Written ◀─write─ Captured ◀───capture──────┘
 //! ```
 //!
-//! Each step consumes its phase and returns the next, so no boolean remembers where we are. The
-//! free-page scan will stand between `Settled` and `Captured`.
+//! Each step consumes its phase and returns the next, so no boolean remembers where we are.
 //!
 //! The happy path: the user's processes freeze, reclaim and drain make the guest lean, the vCPUs
-//! stop, the pager settles (only now is the dirty set read), device state and memory are captured,
-//! and from the copy the build is written and committed. Only then does the VMM go.
+//! stop, the pager settles (only now is the dirty set read), the scan finds the pages that nobody
+//! needs, device state and memory are captured, and from the copy the build is written and committed. Only then does the VMM go.
 //!
-//! Failing, first way: freeze, reclaim and drain are best effort. They have their own ceilings,
+//! Failing, first way: freeze, reclaim, drain and scan are best effort. They have their own ceilings,
 //! say in the report why they did not do their work, and never fail a pause.
 //!
 //! Failing, second way: from the stop on, a failure rolls back: the vCPUs run, the guest's clock is
@@ -122,7 +121,7 @@ pub async fn pause(
     let drained = reclaimed.drain().await;
     let stopped = drained.stop().await?;
     let settled = stopped.settle().await?;
-    let captured = settled.capture().await?;
+    let captured = settled.scan().await.capture().await?;
     let written = captured.write().await?;
     written.commit().await
 }

@@ -7,18 +7,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use torpor_build::{BuildInfo, ImageKind, LayerSummary, StagedBuild};
+use torpor_build::{BuildInfo, ImageKind, LayerSummary, PageRun, StagedBuild};
 use torpor_guest::{GuestError, ReclaimCaps, ReclaimReport, reclaim};
 use torpor_vmm::DrainReport;
 
 use super::report::{PauseReport, PauseStep, StepTime};
 use super::{PauseFailure, PauseRequest, Paused};
-use crate::capture::{CapturePlan, CapturedMemory};
+use crate::capture::{CapturedMemory, Changes};
 use crate::disk;
 use crate::error::StepError;
 use crate::host::Host;
 use crate::progress::StepGuard;
 use crate::sandbox::{Parent, Sandbox, background};
+use crate::scan::{Permission, ScanReport};
 
 /// Longest wait for the user's processes to freeze. The freezer waits for system calls under way;
 /// a guest that needs longer is paused with those processes not frozen yet, which is right, only
@@ -45,6 +46,9 @@ struct Course {
     user_frozen: Duration,
     reclaim: Option<ReclaimReport>,
     drain: Option<DrainReport>,
+    /// Whether the stopped guest may be scanned; `None` where nobody wants it to be.
+    scan_permission: Option<Permission>,
+    scan: Option<ScanReport>,
     guest_nonfree_bytes: Option<u64>,
 }
 
@@ -149,8 +153,14 @@ pub(super) async fn begin(
         user_frozen: Duration::ZERO,
         reclaim: None,
         drain: None,
+        scan_permission: None,
+        scan: None,
         guest_nonfree_bytes: None,
     };
+    if course.request.flags.free_page_scan {
+        let permission = course.sandbox.scan_permission(host.storage()).await;
+        course.scan_permission = Some(permission);
+    }
     course.note(PauseStep::Claim, started, None);
     Ok(Running(course, staged))
 }
@@ -260,15 +270,15 @@ impl Stopped {
             stopped_at,
         } = self;
         let (guard, since) = begin_step(&course.request, PauseStep::Settle);
-        let plan = course.sandbox.plan_capture(SETTLE_MAX).await;
+        let changes = course.sandbox.changes(SETTLE_MAX).await;
         drop(guard);
         course.note(PauseStep::Settle, since, None);
-        match plan {
-            Ok(plan) => Ok(Settled {
+        match changes {
+            Ok(changes) => Ok(Settled {
                 course,
                 staged,
                 stopped_at,
-                plan,
+                changes,
             }),
             Err(error) => Err(course.roll_back(PauseStep::Settle, error).await),
         }
@@ -280,17 +290,54 @@ pub(super) struct Settled {
     course: Course,
     staged: StagedBuild,
     stopped_at: Instant,
-    plan: CapturePlan,
+    changes: Changes,
 }
 
 impl Settled {
+    /// Finds the pages that are nobody's. Best effort, as everything before the stop is.
+    pub(super) async fn scan(self) -> Scanned {
+        let Self {
+            mut course,
+            staged,
+            stopped_at,
+            changes,
+        } = self;
+        let mut free = Vec::new();
+        if let Some(permission) = course.scan_permission.take() {
+            let (guard, since) = begin_step(&course.request, PauseStep::Scan);
+            let (report, found) = course.sandbox.scan(&changes, permission).await;
+            drop(guard);
+            course.note(PauseStep::Scan, since, report.why_not().map(str::to_owned));
+            (course.scan, free) = (Some(report), found);
+        }
+        Scanned {
+            course,
+            staged,
+            stopped_at,
+            changes,
+            free,
+        }
+    }
+}
+
+/// What nobody needs is known.
+pub(super) struct Scanned {
+    course: Course,
+    staged: StagedBuild,
+    stopped_at: Instant,
+    changes: Changes,
+    free: Vec<PageRun>,
+}
+
+impl Scanned {
     /// Copies memory and device state.
     pub(super) async fn capture(self) -> Result<Captured, PauseFailure> {
         let Self {
             mut course,
             staged,
             stopped_at,
-            plan,
+            changes,
+            free,
         } = self;
         let (guard, since) = begin_step(&course.request, PauseStep::SaveState);
         let state = course.sandbox.vmm().save_state().await;
@@ -301,6 +348,7 @@ impl Settled {
             Err(error) => return Err(course.roll_back(PauseStep::SaveState, error.into()).await),
         };
         let (guard, since) = begin_step(&course.request, PauseStep::CaptureMemory);
+        let plan = changes.plan(course.sandbox.spec().memory_pages(), &free);
         let memory = course.sandbox.copy_memory(plan).await;
         drop(guard);
         course.note(PauseStep::CaptureMemory, since, None);
@@ -463,6 +511,7 @@ impl Written {
             steps: self.course.steps.clone(),
             reclaim: self.course.reclaim.clone(),
             drain: self.course.drain.clone(),
+            scan: self.course.scan.clone(),
             user_frozen_ms: ms(self.course.user_frozen),
             freeze_ms: ms(self.freeze),
             durable_ms: ms(self.stopped_at.elapsed()),

@@ -6,8 +6,9 @@ use torpor_build::LayerSummary;
 use torpor_guest::ReclaimReport;
 use torpor_vmm::DrainReport;
 
-/// The steps of a pause, in their order. (The free-page scan will stand between settle and
-/// capture.)
+use crate::scan::ScanReport;
+
+/// The steps of a pause, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PauseStep {
@@ -25,6 +26,8 @@ pub enum PauseStep {
     Stop,
     /// The pager has seen every event of before the stop.
     Settle,
+    /// The guest's free pages are found.
+    Scan,
     /// Device state is saved.
     SaveState,
     /// What the build needs of the memory is copied.
@@ -49,6 +52,7 @@ impl PauseStep {
             Self::CountFree => "count_free",
             Self::Stop => "stop",
             Self::Settle => "settle",
+            Self::Scan => "scan",
             Self::SaveState => "save_state",
             Self::CaptureMemory => "capture_memory",
             Self::WriteMemory => "write_memory",
@@ -68,6 +72,7 @@ impl PauseStep {
             Self::CountFree => "count the guest's free memory",
             Self::Stop => "stop the vCPUs",
             Self::Settle => "settle the pager",
+            Self::Scan => "scan for free pages",
             Self::SaveState => "save device state",
             Self::CaptureMemory => "capture memory",
             Self::WriteMemory => "write memory",
@@ -109,6 +114,9 @@ pub struct PauseReport {
     pub reclaim: Option<ReclaimReport>,
     /// How the drain ended.
     pub drain: Option<DrainReport>,
+    /// What the scan found; absent where it was turned off.
+    #[serde(default)]
+    pub scan: Option<ScanReport>,
     /// From the freeze of the user's processes to the vCPUs' stop: how long the sandbox no longer
     /// answered while its kernel still worked.
     pub user_frozen_ms: f64,
