@@ -83,6 +83,51 @@ pub enum Error {
         /// Where it was looked for.
         path: PathBuf,
     },
+    /// Builds refer to this base image.
+    #[error(
+        "base image {digest} is needed by build {}: delete that first",
+        list(builds)
+    )]
+    ImageNeeded {
+        /// The image that was to be deleted.
+        digest: Digest,
+        /// The builds whose base image it is.
+        builds: Vec<BuildId>,
+    },
+    /// Builds that cannot be read may refer to this base image.
+    #[error(
+        "base image {digest} cannot be deleted: build {} cannot be read and may need it; repair \
+         or delete that first",
+        list(unreadable)
+    )]
+    ImageMayBeNeeded {
+        /// The image that was to be deleted.
+        digest: Digest,
+        /// Builds whose manifest does not tell their base image.
+        unreadable: Vec<BuildId>,
+    },
+    /// The base image is open somewhere.
+    #[error("base image {digest} is in use by a sandbox or a pause: end that first")]
+    ImageInUse {
+        /// The image that was to be deleted.
+        digest: Digest,
+    },
+    /// Pages would refer to another base image than the build's.
+    #[error(
+        "build {id}: its {image} image refers to blocks of base image {referred}, but the build's \
+         base image is {}",
+        found.map_or_else(|| "none".to_owned(), |found| found.to_string())
+    )]
+    BaseImageMismatch {
+        /// The build being written.
+        id: BuildId,
+        /// The image.
+        image: &'static str,
+        /// The base image that its pages refer to.
+        referred: Digest,
+        /// The base image that was given beside it.
+        found: Option<Digest>,
+    },
     /// A kernel is not (or no longer) in the storage.
     #[error("kernel {digest} is not in {}; import it again", path.display())]
     UnknownKernel {

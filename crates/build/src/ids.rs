@@ -135,6 +135,14 @@ impl Digest {
     pub fn of(bytes: &[u8]) -> Self {
         Self::from(blake3::hash(bytes))
     }
+
+    pub(crate) fn from_bytes(bytes: [u8; blake3::OUT_LEN]) -> Self {
+        Self(bytes)
+    }
+
+    pub(crate) fn as_bytes(&self) -> &[u8; blake3::OUT_LEN] {
+        &self.0
+    }
 }
 
 impl From<blake3::Hash> for Digest {

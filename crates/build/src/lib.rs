@@ -11,6 +11,8 @@
 //! All of it is blocking: from async code, call it on a thread that may block. It does not know
 //! what a VMM is, nor who reads the pages.
 
+mod base_image;
+mod block_index;
 mod build;
 mod bytes;
 mod data;
@@ -18,10 +20,13 @@ mod durable;
 mod error;
 mod frames;
 mod ids;
+mod images;
 mod index;
 mod manifest;
+mod mapping;
 mod objects;
 mod page;
+mod parallel;
 mod reader;
 mod run_dir;
 mod staging;
@@ -31,11 +36,14 @@ mod validate;
 mod working_set;
 mod writer;
 
+pub use base_image::BaseImage;
+pub use block_index::{BLOCK_INDEX_VERSION, BlockIndex};
 pub use build::{Build, VMSTATE_BYTES_MAX};
 pub use data::{DATA_VERSION, FRAME_PAGES};
 pub use durable::{durable_rename, durable_write};
 pub use error::{Error, FormatError, Result};
 pub use ids::{BuildId, Digest, NAME_BYTES_MAX, Name, ParseIdError};
+pub use images::ListedImage;
 pub use index::{Entry, INDEX_VERSION, Index, IndexBuilder, LAYERS_MAX, PageCounts, Run};
 pub use manifest::{BalloonRecord, BuildInfo, FileRecord, MANIFEST_VERSION, Manifest, VmmRecord};
 pub use page::{IMAGE_PAGES_MAX, ImageKind, PAGE_SIZE, PageRun};

@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, FormatError, Result};
@@ -189,22 +190,25 @@ fn unwrap_frame(bytes: &[u8]) -> Result<(usize, &[u8]), FormatError> {
     Ok((body_at, body))
 }
 
-/// The parent that a manifest names, even if the manifest is of a newer version or its checksum
-/// does not match. `None` where even that cannot be told.
+/// The parent that a manifest names, even if the manifest is of a newer version. `None` where even
+/// that cannot be told.
 ///
 /// Only for deciding whether a build may be deleted.
 pub(crate) fn parent_if_legible(bytes: &[u8]) -> Option<Option<BuildId>> {
-    #[derive(Deserialize)]
-    struct Outer {
-        manifest: Parent,
+    field_if_legible(bytes, "parent")
+}
+
+/// As [`parent_if_legible`], for deciding whether a base image may be deleted.
+pub(crate) fn base_image_if_legible(bytes: &[u8]) -> Option<Option<Digest>> {
+    field_if_legible(bytes, "base_image")
+}
+
+fn field_if_legible<T: DeserializeOwned>(bytes: &[u8], field: &str) -> Option<Option<T>> {
+    let outer: serde_json::Value = serde_json::from_slice(bytes).ok()?;
+    match outer.get("manifest")?.as_object()?.get(field) {
+        Some(value) => serde_json::from_value(value.clone()).ok(),
+        None => Some(None),
     }
-    #[derive(Deserialize)]
-    struct Parent {
-        parent: Option<BuildId>,
-    }
-    serde_json::from_slice::<Outer>(bytes)
-        .ok()
-        .map(|outer| outer.manifest.parent)
 }
 
 pub(crate) fn now_unix_ms() -> u64 {

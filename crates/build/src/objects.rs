@@ -16,7 +16,7 @@ use crate::staging::StagingDir;
 use crate::storage::{Storage, list_dir};
 
 /// Base images and kernels are read by guests and never written.
-const OBJECT_MODE: u32 = 0o400;
+pub(crate) const OBJECT_MODE: u32 = 0o400;
 /// Bytes read at a time.
 const COPY_BYTES: usize = 1 << 20;
 const KERNEL_FILE: &str = "vmlinux";
@@ -24,8 +24,8 @@ const KERNEL_FILE: &str = "vmlinux";
 const KERNEL_CONFIG_PREFIX: &str = "config-";
 
 impl Storage {
-    /// Copies a base image into the storage, with holes where it has zeros, and gives its digest.
-    /// One that is there already and whole is not copied again.
+    /// Copies a base image into the storage, with holes where it has zeros, makes the index of its
+    /// blocks, and gives its digest. What is there already and whole is not made again.
     ///
     /// # Errors
     /// When it cannot be read or copied.
@@ -33,6 +33,7 @@ impl Storage {
         let known = digest_of_file(path)?;
         let images = self.dir("images");
         if is_whole(&images.join(known.to_string()), &known) {
+            self.ensure_block_index(&known)?;
             return Ok(known);
         }
         let staged = self.stage_import()?;
@@ -45,6 +46,7 @@ impl Storage {
         durable::step("import-rename", &to, || durable::rename_over(&copy, &to))?;
         durable::step("import-dir-sync", &images, || durable::sync_dir(&images))?;
         drop(lock);
+        self.ensure_block_index(&digest)?;
         Ok(digest)
     }
 
@@ -139,7 +141,7 @@ impl Storage {
         })
     }
 
-    fn stage_import(&self) -> Result<StagingDir> {
+    pub(crate) fn stage_import(&self) -> Result<StagingDir> {
         let id = BuildId::random();
         let lock = self.lock()?;
         // A random name is never taken.

@@ -86,7 +86,7 @@ impl ImageKind {
     }
 }
 
-static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+pub(crate) static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
 /// Whether a page holds nothing but zeros.
 pub(crate) fn is_zero(page: &[u8]) -> bool {

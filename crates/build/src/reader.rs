@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use crate::build::Build;
 use crate::data::{DataFile, FRAME_BYTES, FRAME_PAGES};
 use crate::error::{Error, IoContext, Result};
-use crate::ids::BuildId;
+use crate::ids::{BuildId, Digest};
 use crate::index::{Entry, INDEX_BYTES_MAX, Index, Run};
 use crate::page::{ImageKind, PAGE_SIZE, to_usize};
 
@@ -98,6 +98,12 @@ impl ImageReader {
     #[must_use]
     pub fn len_pages(&self) -> u64 {
         self.index.len_pages()
+    }
+
+    /// The base image that some of its pages refer to.
+    pub(crate) fn referred_image(&self) -> Option<Digest> {
+        let refers = self.index.counts().base_image > 0;
+        self.build.manifest().info.base_image.filter(|_| refers)
     }
 
     /// Fills `buf`, a whole number of pages long, with the image's pages from `first_page` on.

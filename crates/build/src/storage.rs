@@ -5,6 +5,7 @@
 //!        builds/<id>/         committed builds; a shared flock on the directory = in use
 //!        staging/<what>-…/    what is being written or deleted; an flock on it = its owner lives
 //!        images/<digest>      base images, 0400
+//!        block-indexes/<digest>  the index of that image's blocks, 0400; can be made again
 //!        kernels/<digest>/    vmlinux, config-<digest of the configuration>
 //!        templates/<name>     the id of the build that the name means now
 //!        working-sets/<id>.json  what a resume of the build touched first; a hint
@@ -31,6 +32,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
+use crate::base_image::BLOCK_INDEXES_DIR;
 use crate::build::{Build, read_bounded};
 use crate::durable::{self, DIR_MODE, FILE_MODE};
 use crate::error::{Error, IoContext, Result};
@@ -46,9 +48,10 @@ const LOCK_RETRY_MS: u64 = 2;
 /// Longest file in `templates/`: an id and a newline, with room to spare.
 const TEMPLATE_BYTES_MAX: u64 = 128;
 
-const DIRS: [&str; 7] = [
+const DIRS: [&str; 8] = [
     "builds",
     "images",
+    BLOCK_INDEXES_DIR,
     "kernels",
     "templates",
     "run",
@@ -154,7 +157,7 @@ impl Storage {
         Ok(builds)
     }
 
-    fn build_ids(&self) -> Result<Vec<BuildId>> {
+    pub(crate) fn build_ids(&self) -> Result<Vec<BuildId>> {
         let names = list_dir(&self.builds_dir())?;
         Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
     }

@@ -14,14 +14,14 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
-use std::hash::{BuildHasherDefault, Hash, Hasher};
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::base_image::BaseImage;
 use crate::data::{FRAME_BYTES, FRAME_PAGES};
 use crate::error::{Error, Result};
 use crate::frames::{FrameWriter, HashedFile};
-use crate::ids::BuildId;
+use crate::ids::{BuildId, Digest};
 use crate::index::{Entry, IndexBuilder, PageCounts};
 use crate::page::{IMAGE_PAGES_MAX, ImageKind, PAGE_SIZE, is_zero, to_usize};
 use crate::reader::ImageReader;
@@ -50,6 +50,9 @@ pub struct LayerSummary {
     pub pages: PageCounts,
     /// Pages whose bytes were given and found to be the parent's.
     pub same_as_parent_pages: u64,
+    /// Pages whose bytes were given, found in the base image, and became references to it.
+    #[serde(default)]
+    pub base_image_pages: u64,
     /// Pages whose bytes were given and found to be stored already.
     pub duplicate_pages: u64,
     /// Pages whose bytes were given and could not be compared, as the parent's could not be read:
@@ -78,6 +81,7 @@ pub struct LayerWriter {
     kind: ImageKind,
     len_pages: u64,
     parent: Option<Arc<ImageReader>>,
+    base_image: Option<Arc<BaseImage>>,
     /// Where the parent's layers stand in the new table, once used.
     parent_layers: Vec<Option<u32>>,
     own_layer: Option<u32>,
@@ -120,18 +124,42 @@ impl LayerWriter {
             kind,
             len_pages,
             parent,
+            base_image: None,
             parent_layers,
             own_layer: None,
             index: IndexBuilder::new(build, kind),
             index_file: HashedFile::create(dir.join(kind.index_file()))?,
             frame: data.buffer(),
             data,
-            stored: StoredPages::new(),
+            stored: StoredPages::default(),
             parent_pages: Vec::new(),
             summary: LayerSummary::default(),
             failed: false,
             files,
         })
+    }
+
+    /// From now on, pages of data that are copies of a block of this image, which must be the
+    /// build's base image, become references to it.
+    ///
+    /// # Errors
+    /// [`Error::BaseImageMismatch`] if the parent's pages refer to another one.
+    pub fn refer_to(&mut self, base_image: Arc<BaseImage>) -> Result<()> {
+        let of_parent = self
+            .parent
+            .as_ref()
+            .and_then(|parent| parent.referred_image());
+        let found = base_image.digest();
+        if let Some(referred) = of_parent.filter(|digest| *digest != found) {
+            return Err(Error::BaseImageMismatch {
+                id: self.build,
+                image: self.kind.as_str(),
+                referred,
+                found: Some(found),
+            });
+        }
+        self.base_image = Some(base_image);
+        Ok(())
     }
 
     /// Adds the next pages.
@@ -342,7 +370,14 @@ impl LayerWriter {
     }
 
     fn push_page(&mut self, page: &[u8]) -> Result<()> {
-        let (offset_pages, is_new) = self.stored.find_or_add(page);
+        let digest = Digest::of(page);
+        if let Some(image) = &self.base_image
+            && let Some(block) = image.find(page, &digest)
+        {
+            self.summary.base_image_pages += 1;
+            return self.index.append(1, Entry::BaseImage { block });
+        }
+        let (offset_pages, is_new) = self.stored.find_or_add(digest);
         if is_new {
             self.frame.extend_from_slice(page);
             if self.frame.len() == FRAME_BYTES {
@@ -366,68 +401,25 @@ impl LayerWriter {
     }
 }
 
-/// Which pages this build has stored: about 30 bytes of memory for each.
-#[derive(Debug)]
-struct StoredPages {
-    key: [u8; blake3::KEY_LEN],
-    offsets: HashMap<PageHash, u32, BuildHasherDefault<FirstWord>>,
-}
+/// Which pages this build has stored: about 50 bytes of memory for each.
+///
+/// The map's own hasher has a random key: a guest that could choose digests to its liking could
+/// still not choose where they fall.
+#[derive(Debug, Default)]
+struct StoredPages(HashMap<Digest, u32>);
 
 impl StoredPages {
-    fn new() -> Self {
-        let mut key = [0; blake3::KEY_LEN];
-        let (first, second) = key.split_at_mut(16);
-        first.copy_from_slice(BuildId::random().as_bytes());
-        second.copy_from_slice(BuildId::random().as_bytes());
-        Self {
-            key,
-            offsets: HashMap::default(),
-        }
-    }
-
     fn pages(&self) -> u64 {
-        self.offsets.len() as u64
+        self.0.len() as u64
     }
 
     /// Where the page is stored, and whether it is to be stored there now.
-    fn find_or_add(&mut self, page: &[u8]) -> (u64, bool) {
-        let hash = blake3::keyed_hash(&self.key, page);
-        let words = hash.as_bytes().as_chunks::<8>().0;
-        let hash = PageHash(u64::from_le_bytes(words[0]), u64::from_le_bytes(words[1]));
+    fn find_or_add(&mut self, digest: Digest) -> (u64, bool) {
         // An image has at most IMAGE_PAGES_MAX pages, which fit.
-        let next = u32::try_from(self.offsets.len()).unwrap_or(u32::MAX);
-        match self.offsets.entry(hash) {
+        let next = u32::try_from(self.0.len()).unwrap_or(u32::MAX);
+        match self.0.entry(digest) {
             Slot::Occupied(known) => (u64::from(*known.get()), false),
             Slot::Vacant(free) => (u64::from(*free.insert(next)), true),
         }
-    }
-}
-
-#[derive(Debug, PartialEq, Eq)]
-struct PageHash(u64, u64);
-
-impl Hash for PageHash {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(self.0);
-    }
-}
-
-/// A hasher for what is a hash already.
-#[derive(Debug, Default)]
-struct FirstWord(u64);
-
-impl Hasher for FirstWord {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
-        }
-    }
-
-    fn write_u64(&mut self, word: u64) {
-        self.0 = word;
     }
 }
