@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use torpor_build::{Digest, Name};
+use torpor_build::{BaseImage, Name};
 use torpor_vmm::{Accel, BootSource, Vmm, qemu};
 
 use crate::assets::Assets;
@@ -12,7 +12,7 @@ use crate::flags::FlagSubject;
 use crate::host::Host;
 use crate::initramfs;
 use crate::progress::Progress;
-use crate::rootfs::{self, BaseImage};
+use crate::rootfs::{self, RootImage};
 use crate::sandbox::{CONSOLE_FILE, DISK_FILE, Memory, Parts, Sandbox, Starting};
 use crate::spec::GuestSpec;
 
@@ -50,7 +50,7 @@ pub async fn boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartErr
     let storage = host.storage();
     let name = crate::sandbox::new_name()?;
     let run_dir = storage.run_dir(&name)?;
-    let mut spec = import(host, &request, &assets, run_dir.path()).await?;
+    let (mut spec, base_image) = import(host, &request, &assets, run_dir.path()).await?;
     let disk = run_dir.path().join(DISK_FILE);
     rootfs::make_layer(&disk, spec.disk_bytes).await?;
     let initramfs = write_initramfs(&assets, run_dir.path())?;
@@ -70,6 +70,7 @@ pub async fn boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartErr
         vmm,
         memory: Memory::Booted,
         memory_file,
+        base_image,
         parent: None,
         spec,
         name,
@@ -88,7 +89,7 @@ async fn import(
     request: &BootRequest,
     assets: &Assets,
     scratch: &Path,
-) -> Result<GuestSpec, StartError> {
+) -> Result<(GuestSpec, Arc<BaseImage>), StartError> {
     let subject = FlagSubject {
         sandbox: None,
         template: request.template.as_ref().map(ToString::to_string),
@@ -96,10 +97,11 @@ async fn import(
     let flags = host.flags().for_template(&subject).await;
     let step = request.progress.step("import kernel and base image");
     let source = request.rootfs.as_deref().unwrap_or(&assets.base_image);
-    let image = BaseImage::from_source(source, scratch).await?;
+    let image = RootImage::from_source(source, scratch).await?;
     let (storage, assets) = (host.storage().clone(), assets.clone());
-    let imported = tokio::task::spawn_blocking(move || -> Result<(Digest, Digest), StartError> {
-        let base_image = storage.import_image(image.path())?;
+    let imported = tokio::task::spawn_blocking(move || -> Result<_, StartError> {
+        let digest = storage.import_image(image.path())?;
+        let base_image = storage.base_image(&digest)?;
         let kernel = storage.import_kernel(&assets.kernel, Some(&assets.kernel_config))?;
         Ok((kernel, base_image))
     });
@@ -107,17 +109,18 @@ async fn import(
         .await
         .unwrap_or_else(|error| Err(StartError::Panicked(error.to_string())))?;
     drop(step);
-    Ok(GuestSpec {
+    let spec = GuestSpec {
         memory_bytes: request.memory_bytes,
         disk_bytes: request.disk_bytes,
         vcpus: request.vcpus,
         network: request.network,
         reporting: flags.free_page_reporting,
         kernel,
-        base_image,
+        base_image: base_image.digest(),
         cmdline: String::new(),
         template: request.template.clone(),
-    })
+    };
+    Ok((spec, base_image))
 }
 
 fn write_initramfs(assets: &Assets, run_dir: &Path) -> Result<PathBuf, StartError> {

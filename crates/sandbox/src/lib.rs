@@ -17,6 +17,7 @@ mod fill;
 pub mod flags;
 pub mod host;
 pub mod initramfs;
+pub mod inspect;
 pub mod pause;
 mod physical;
 pub mod progress;

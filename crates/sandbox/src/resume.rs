@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use torpor_build::{Build, BuildId, Manifest, Name, PageRun, RunDir};
+use torpor_build::{BaseImage, Build, BuildId, Manifest, Name, PageRun, RunDir};
 use torpor_pager::{Backing, Pager, PagerConfig, Region, Uffd, WriteTracking};
 use torpor_vmm::qemu::{self, IncomingVm};
 use torpor_vmm::{Accel, GuestMemory, InjectError, Vmm, VmmError, host_tsc_khz};
@@ -92,7 +92,7 @@ pub async fn resume(
     let started = Instant::now();
     let mut clock = Laps { last: started };
     let _step = options.progress.step("resume");
-    let (parent, spec) = background({
+    let (parent, base_image, spec) = background({
         let (host, id) = (host.clone(), *id);
         move || open(&host, &id)
     })
@@ -138,6 +138,7 @@ pub async fn resume(
         vmm,
         memory,
         memory_file,
+        base_image,
         parent: Some(parent),
         spec,
         name,
@@ -209,7 +210,7 @@ impl Laps {
     }
 }
 
-fn open(host: &Host, id: &BuildId) -> Result<(Parent, GuestSpec), StartError> {
+fn open(host: &Host, id: &BuildId) -> Result<(Parent, Arc<BaseImage>, GuestSpec), StartError> {
     let build = host.storage().open_build(id)?;
     let spec = GuestSpec::of(build.manifest())?;
     let recorded = identity_of(build.manifest())?;
@@ -228,14 +229,13 @@ fn open(host: &Host, id: &BuildId) -> Result<(Parent, GuestSpec), StartError> {
         std::thread::spawn(move || warn_of_another_clock(&manifest));
     }
     let (memory, disk) = (Arc::new(build.memory()?), Arc::new(build.disk()?));
-    Ok((
-        Parent {
-            build,
-            memory,
-            disk,
-        },
-        spec,
-    ))
+    let base_image = host.storage().base_image(&spec.base_image)?;
+    let parent = Parent {
+        build,
+        memory,
+        disk,
+    };
+    Ok((parent, base_image, spec))
 }
 
 /// An emulated guest counts time in ticks of the host that booted it. On a host of another rate its

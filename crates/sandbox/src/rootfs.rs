@@ -63,13 +63,13 @@ pub enum RootfsError {
 
 /// A base image, ready to be imported.
 #[derive(Debug)]
-pub struct BaseImage {
+pub struct RootImage {
     path: PathBuf,
     /// Removes what was made on the way, once the image has been imported.
     _scratch: Option<tempfile::TempDir>,
 }
 
-impl BaseImage {
+impl RootImage {
     /// The ext4 image.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -252,7 +252,7 @@ mod tests {
             .unwrap();
         assert!(done.success());
         for source in [&tree, &archive] {
-            let image = BaseImage::from_source(source, dir.path()).await.unwrap();
+            let image = RootImage::from_source(source, dir.path()).await.unwrap();
             assert!(is_ext4(image.path()).unwrap());
             let hello = std::process::Command::new("/sbin/debugfs")
                 .args(["-R", "cat /hello"])
@@ -260,7 +260,7 @@ mod tests {
                 .output()
                 .unwrap();
             assert_eq!(hello.stdout, b"world");
-            let again = BaseImage::from_source(image.path(), dir.path())
+            let again = RootImage::from_source(image.path(), dir.path())
                 .await
                 .unwrap();
             assert_eq!(again.path(), image.path(), "an image is taken as it is");
@@ -272,7 +272,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notes.txt");
         std::fs::write(&path, "not an image ".repeat(1000)).unwrap();
-        let error = BaseImage::from_source(&path, dir.path()).await.unwrap_err();
+        let error = RootImage::from_source(&path, dir.path()).await.unwrap_err();
         assert!(matches!(error, RootfsError::Unknown { .. }), "{error}");
         assert!(error.to_string().contains("notes.txt"));
     }

@@ -18,7 +18,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::spawn_blocking;
 use torpor_anatomy::NoteLocation;
 use torpor_build::{
-    Build, BuildId, BuildInfo, ImageReader, Name, PAGE_SIZE, PageRun, RunDir, Storage,
+    BaseImage, Build, BuildId, BuildInfo, ImageReader, Name, PAGE_SIZE, PageRun, RunDir, Storage,
 };
 use torpor_guest::Envd;
 use torpor_pager::{FailureSignal, PageSet, Pager, PagerFailure, PagerStats};
@@ -27,6 +27,7 @@ use torpor_vmm::{DrainReport, Vmm};
 use crate::answer::first_answer;
 use crate::capture::{CapturePlan, CapturedMemory, Changes, present_pages};
 use crate::error::{StartError, StepError};
+use crate::inspect::{LAYOUT_KEY, MemoryLayout, RunRecord, started_at};
 use crate::pause::report::PauseReport;
 use crate::physical::{Content, StoppedMemory};
 use crate::scan::{self, Permission, ScanReport};
@@ -94,6 +95,8 @@ pub(crate) struct Parts {
     pub(crate) vmm: Arc<dyn Vmm>,
     pub(crate) memory: Memory,
     pub(crate) memory_file: File,
+    /// Held for as long as the sandbox lives, so that nobody deletes it.
+    pub(crate) base_image: Arc<BaseImage>,
     pub(crate) parent: Option<Parent>,
     pub(crate) spec: GuestSpec,
     pub(crate) name: Name,
@@ -110,6 +113,7 @@ struct Body {
     vmm: Arc<dyn Vmm>,
     memory: Memory,
     memory_file: Arc<File>,
+    base_image: Arc<BaseImage>,
     parent: Option<Parent>,
     spec: GuestSpec,
     name: Name,
@@ -147,6 +151,7 @@ impl Starting {
             vmm: parts.vmm,
             memory: parts.memory,
             memory_file: Arc::new(parts.memory_file),
+            base_image: parts.base_image,
             parent: parts.parent,
             spec: parts.spec,
             name: parts.name,
@@ -165,12 +170,17 @@ impl Starting {
             Memory::Lazy(pager) => pager.working_set().into_iter().map(build_run).collect(),
             Memory::Booted | Memory::Eager => Vec::new(),
         };
-        Ok(Sandbox {
+        let sandbox = Sandbox {
             body,
             envd,
             note: answer.vmcoreinfo.and_then(|text| text.parse().ok()),
             working_set,
-        })
+        };
+        // For those who want to look into it: not worth failing for.
+        if let Err(error) = sandbox.leave_record() {
+            tracing::warn!(%error, "the sandbox cannot be inspected while it runs");
+        }
+        Ok(sandbox)
     }
 }
 
@@ -218,6 +228,10 @@ impl Sandbox {
     #[must_use]
     pub fn pager_failure(&self) -> Option<PagerFailure> {
         self.body.memory.failure()?.get()
+    }
+
+    pub(crate) fn base_image(&self) -> &Arc<BaseImage> {
+        &self.body.base_image
     }
 
     pub(crate) fn parent(&self) -> Option<Parent> {
@@ -333,9 +347,32 @@ impl Sandbox {
         info.parent = self.parent_id();
         info.template = template.or(info.template);
         info.working_set = self.working_set.clone();
-        // A report is plain numbers and text: it cannot fail to become JSON.
+        // Plain numbers and text cannot fail to become JSON.
         info.pause_report = serde_json::to_value(report).unwrap_or_default();
+        let layout = serde_json::to_value(self.memory_layout()).unwrap_or_default();
+        info.extra.insert(LAYOUT_KEY.to_owned(), layout);
         info
+    }
+
+    fn memory_layout(&self) -> MemoryLayout {
+        MemoryLayout {
+            note: self.note,
+            ram: self.body.vmm.ram(),
+        }
+    }
+
+    fn leave_record(&self) -> std::io::Result<()> {
+        let served_from = match &self.body.memory {
+            Memory::Lazy(_) => self.parent_id(),
+            Memory::Booted | Memory::Eager => None,
+        };
+        let record = RunRecord {
+            vmm_pid: self.body.vmm.pid(),
+            vmm_started: started_at(self.body.vmm.pid())?,
+            served_from,
+            layout: self.memory_layout(),
+        };
+        record.leave_in(self.body.run_dir.path())
     }
 
     /// Ends the sandbox without a build. Its VMM is gone when this returns; one that the kernel

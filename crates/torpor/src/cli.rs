@@ -64,6 +64,12 @@ pub(crate) enum Command {
     )]
     InspectBuild(InspectBuildArgs),
 
+    /// Show what a guest's memory is made of, by the guest's own page metadata
+    #[command(
+        after_help = "Examples:\n  torpor inspect-memory --build python\n  torpor inspect-memory --build 7d3f… --svg memory.svg\n  torpor inspect-memory --sandbox s-7d3f… --json"
+    )]
+    InspectMemory(InspectMemoryArgs),
+
     /// List all builds and the templates that name them
     #[command(
         after_help = "Examples:\n  torpor list-builds\n  torpor list-builds --json | jq -r '.builds[].id'"
@@ -293,6 +299,22 @@ pub(crate) struct InspectBuildArgs {
     pub(crate) recursive: bool,
 
     /// Draw the guest's memory as a map: which layer, zero, removed
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("whose").required(true).args(["build", "sandbox"]))]
+pub(crate) struct InspectMemoryArgs {
+    /// A build: an id or a template's name
+    #[arg(long, value_name = "ID")]
+    pub(crate) build: Option<String>,
+
+    /// A running sandbox, of this or of another process; it stands still for the look
+    #[arg(long, value_name = "ID")]
+    pub(crate) sandbox: Option<Name>,
+
+    /// Draw the guest's memory as a map
     #[arg(long, value_name = "FILE")]
     pub(crate) svg: Option<PathBuf>,
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use torpor_build::{BuildId, Error as BuildError, Name};
 use torpor_guest::GuestError;
 use torpor_sandbox::error::{StartError, StepError};
+use torpor_sandbox::inspect::InspectError;
 use torpor_sandbox::pause::report::PauseStep;
 use torpor_vmm::VmmExit;
 
@@ -33,6 +34,8 @@ pub(crate) enum CliError {
     Build(#[from] BuildError),
     #[error(transparent)]
     Start(Box<StartError>),
+    #[error(transparent)]
+    Inspect(#[from] InspectError),
     #[error("the guest fails: {0}")]
     Guest(#[source] Box<GuestError>),
     #[error(

@@ -19,10 +19,12 @@ mod error;
 mod fph_bench;
 mod guest_command;
 mod inspect_build;
+mod inspect_memory;
 mod interrupt;
 mod list_builds;
 mod memory_map;
 mod output;
+mod page_map;
 mod pausing;
 mod report;
 mod resume_build;
@@ -96,6 +98,7 @@ async fn dispatch(context: &Context, command: Command) -> Result<(), CliError> {
         Command::CreateBuild(args) => Box::pin(create_build::run(context, args)).await,
         Command::ResumeBuild(args) => Box::pin(resume_build::run(context, args)).await,
         Command::InspectBuild(args) => inspect_build::run(context, args).await,
+        Command::InspectMemory(args) => inspect_memory::run(context, args).await,
         Command::ListBuilds => list_builds::run(context).await,
         Command::DeleteBuild(args) => delete_build::run(context, args).await,
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use torpor_build::{BuildInfo, ImageKind, LayerSummary, PageRun, StagedBuild};
+use torpor_build::{BaseImage, BuildInfo, ImageKind, LayerSummary, PageRun, StagedBuild};
 use torpor_guest::{GuestError, ReclaimCaps, ReclaimReport, reclaim};
 use torpor_vmm::DrainReport;
 
@@ -393,9 +393,11 @@ impl Captured {
         let parent = course.sandbox.parent();
         let (guard, since) = begin_step(&course.request, PauseStep::WriteMemory);
         let total_pages = course.sandbox.spec().memory_pages();
+        let references = course.request.flags.disk_references;
+        let base_image = references.then(|| Arc::clone(course.sandbox.base_image()));
         let written = background({
             let parent = parent.clone();
-            move || write_memory(staged, parent.as_ref(), total_pages, &memory)
+            move || write_memory(staged, parent.as_ref(), base_image, total_pages, &memory)
         })
         .await;
         drop(guard);
@@ -434,11 +436,15 @@ impl Captured {
 fn write_memory(
     staged: StagedBuild,
     parent: Option<&Parent>,
+    base_image: Option<Arc<BaseImage>>,
     total_pages: u64,
     memory: &CapturedMemory,
 ) -> Result<(StagedBuild, LayerSummary), StepError> {
     let image = parent.map(|parent| Arc::clone(&parent.memory));
     let mut writer = staged.image_writer(ImageKind::Memory, total_pages, image)?;
+    if let Some(base_image) = base_image {
+        writer.refer_to(base_image)?;
+    }
     memory.write_to(&mut writer)?;
     let summary = writer.finish()?;
     Ok((staged, summary))
