@@ -2,6 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::AnatomyError;
+use crate::array::PageArray;
+use crate::entry::{EntryKind, EntryLayout};
+use crate::memory::{Ram, RamRange};
+
 /// What a page is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -61,5 +66,78 @@ impl Census {
             .filter(|run| run.class == class)
             .map(|run| run.pages)
             .sum()
+    }
+}
+
+/// Walks along the array.
+pub(crate) fn take(
+    ram: &Ram<'_>,
+    array: &PageArray,
+    layout: &EntryLayout,
+) -> Result<Census, AnatomyError> {
+    let mut runs = Runs(Vec::new());
+    // The class of the last entry that was no tail: tails follow their head.
+    let mut head = PageClass::Kernel;
+    let array_bytes_read = array.walk(ram, |pfn, entry, end_pfn| {
+        let (class, pages) = match layout.kind(pfn, entry, end_pfn)? {
+            EntryKind::FreeBlock(pages) => (PageClass::Free, pages),
+            EntryKind::Offline => (PageClass::Balloon, 1),
+            EntryKind::Slab => (PageClass::Slab, 1),
+            EntryKind::Anonymous => (PageClass::Anonymous, 1),
+            EntryKind::PageCache => (PageClass::PageCache, 1),
+            EntryKind::Other => (PageClass::Kernel, 1),
+            EntryKind::Tail => (head, 1),
+        };
+        head = class;
+        runs.push(pfn, pages, class);
+        Ok(pages)
+    })?;
+    Ok(Census {
+        runs: with_gaps_as_kernel(&runs.0, ram.ranges()),
+        array_bytes_read,
+    })
+}
+
+/// RAM that the kernel has no entries for is nobody else's than the kernel's.
+fn with_gaps_as_kernel(found: &[ClassRun], ram: &[RamRange]) -> Vec<ClassRun> {
+    let mut all = Runs(Vec::with_capacity(found.len()));
+    let mut found = found.iter().peekable();
+    for range in ram {
+        let mut at = range.first_pfn();
+        // A run never crosses a gap, but it may go on into a range that touches this one.
+        while let Some(run) = found.peek().filter(|run| run.first_pfn < range.end_pfn()) {
+            let first = run.first_pfn.max(at);
+            let end = (run.first_pfn + run.pages).min(range.end_pfn());
+            all.push(at, first - at, PageClass::Kernel);
+            all.push(first, end - first, run.class);
+            at = end;
+            if run.first_pfn + run.pages > range.end_pfn() {
+                break;
+            }
+            found.next();
+        }
+        all.push(at, range.end_pfn() - at, PageClass::Kernel);
+    }
+    all.0
+}
+
+/// Runs in the making.
+struct Runs(Vec<ClassRun>);
+
+impl Runs {
+    fn push(&mut self, first_pfn: u64, pages: u64, class: PageClass) {
+        if pages == 0 {
+            return;
+        }
+        match self.0.last_mut() {
+            Some(last) if last.class == class && last.first_pfn + last.pages == first_pfn => {
+                last.pages += pages;
+            }
+            _ => self.0.push(ClassRun {
+                first_pfn,
+                pages,
+                class,
+            }),
+        }
     }
 }

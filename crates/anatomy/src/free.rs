@@ -1,4 +1,13 @@
 //! Which pages of the stopped guest are free.
+//!
+//! Only the first page of a free block bears the mark; the entries of its other pages keep whatever
+//! they had. So blocks are derived afresh from their heads at every scan, what lies inside a block is
+//! not looked at, and a verdict about a single page must not be carried over to another stop.
+
+use crate::AnatomyError;
+use crate::array::PageArray;
+use crate::entry::{EntryKind, EntryLayout};
+use crate::memory::Ram;
 
 /// A run of pages, by page frame number (guest-physical address / 4096).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,4 +47,37 @@ impl FreePages {
     pub fn pages(&self) -> u64 {
         self.buddy_pages + self.balloon_pages
     }
+}
+
+/// Walks along the array.
+pub(crate) fn find(
+    ram: &Ram<'_>,
+    array: &PageArray,
+    layout: &EntryLayout,
+) -> Result<FreePages, AnatomyError> {
+    let mut found = FreePages::default();
+    let reads_before = ram.reads();
+    found.array_bytes_read = array.walk(ram, |pfn, entry, end_pfn| {
+        let pages = match layout.free_kind(pfn, entry, end_pfn)? {
+            EntryKind::FreeBlock(pages) => {
+                found.buddy_pages += pages;
+                pages
+            }
+            EntryKind::Offline => {
+                found.balloon_pages += 1;
+                1
+            }
+            _ => return Ok(1),
+        };
+        match found.runs.last_mut() {
+            Some(last) if last.end_pfn() == pfn => last.pages += pages,
+            _ => found.runs.push(PfnRun {
+                first_pfn: pfn,
+                pages,
+            }),
+        }
+        Ok(pages)
+    })?;
+    found.reads = ram.reads() - reads_before;
+    Ok(found)
 }
