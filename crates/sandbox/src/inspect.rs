@@ -234,7 +234,10 @@ fn look(memory: &StoppedMemory, note: NoteLocation) -> Result<MemoryLook, Inspec
         ClassPages {
             class,
             pages: of_class().map(|run| run.run.pages).sum(),
-            zero_pages: of_class().filter(|run| run.zero).map(|run| run.run.pages).sum(),
+            zero_pages: of_class()
+                .filter(|run| run.zero)
+                .map(|run| run.run.pages)
+                .sum(),
         }
     });
     Ok(MemoryLook {

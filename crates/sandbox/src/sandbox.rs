@@ -282,6 +282,21 @@ impl Sandbox {
         }
     }
 
+    /// What a pause would leave out if it scanned this guest now: for measuring and for tests. The
+    /// vCPUs must stand still ([`Vmm::stop_vcpus`]).
+    ///
+    /// # Errors
+    /// The pager does not settle within `settle_max`. A guest that cannot be scanned is no error.
+    pub async fn find_free_pages(
+        &self,
+        storage: &Storage,
+        settle_max: Duration,
+    ) -> Result<(ScanReport, Vec<PageRun>), StepError> {
+        let permission = self.scan_permission(storage).await;
+        let changes = self.changes(settle_max).await?;
+        Ok(self.scan(&changes, permission).await)
+    }
+
     /// Whether the guest may be scanned, as its kernel was built and booted.
     pub(crate) async fn scan_permission(&self, storage: &Storage) -> Permission {
         let (storage, spec, note) = (storage.clone(), self.body.spec.clone(), self.note);

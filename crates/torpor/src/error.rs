@@ -146,6 +146,8 @@ impl CliError {
             Self::NoFile { .. } => NOT_FOUND,
             Self::Build(error) | Self::NotNamed { source: error, .. } => of_build(error),
             Self::Start(error) => of_start(error),
+            Self::Inspect(InspectError::Build(error)) => of_build(error),
+            Self::Inspect(InspectError::NotRunning { .. }) => NOT_FOUND,
             Self::NotPaused { source, .. } => match &**source {
                 StepError::Build(error) => of_build(error),
                 _ => FAILED,
@@ -154,6 +156,7 @@ impl CliError {
             Self::Command { .. } | Self::NotReady { .. } => COMMAND_FAILED,
             Self::Interrupted { .. } => INTERRUPTED,
             Self::Guest(_)
+            | Self::Inspect(_)
             | Self::InputLost { .. }
             | Self::Damaged { .. }
             | Self::HostNotReady(_)

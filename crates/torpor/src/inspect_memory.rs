@@ -79,7 +79,11 @@ fn draw(whose: &str, look: &MemoryLook, path: &Path) -> Result<(), CliError> {
         .runs
         .last()
         .map_or(0, |last| last.run.first_page + last.run.pages);
-    let runs: Vec<_> = look.runs.iter().map(|run| (run.run, shown_as(run))).collect();
+    let runs: Vec<_> = look
+        .runs
+        .iter()
+        .map(|run| (run.run, shown_as(run)))
+        .collect();
     let title = format!("guest memory of {whose}");
     let picture = page_map::draw(&title, len_pages, &runs, |shown| shown.style());
     std::fs::write(path, picture.to_string()).map_err(|source| CliError::Write {

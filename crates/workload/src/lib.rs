@@ -59,3 +59,16 @@ pub struct Check {
     /// Sixteen bytes of the kernel's random generator, in hex: two clones must not agree.
     pub random: String,
 }
+
+/// What churning has done and found so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Churned {
+    /// Pieces of memory that were verified.
+    pub pieces: u64,
+    /// Files that were verified.
+    pub files: u64,
+    /// Processes that ran.
+    pub forks: u64,
+    /// What was not as it should be.
+    pub damaged: u64,
+}

@@ -1,5 +1,8 @@
 //! The demo's workload. `torpor-workload run DIR CACHE_MIB FREED_MIB KEPT_MIB` does the work and
-//! then answers commands; `torpor-workload count FILE` is the process that goes on counting.
+//! then answers commands; `torpor-workload count FILE` is the process that goes on counting;
+//! `torpor-workload churn DIR` uses, frees and verifies memory until it is told to stop.
+
+mod churn;
 
 use std::fs::File;
 use std::io::{self, BufRead, Read, Write};
@@ -27,8 +30,9 @@ fn main() -> ExitCode {
             parse_size(cache, freed, kept).and_then(|size| run(Path::new(dir), size))
         }
         ["count", file] => count(Path::new(file)),
+        ["churn", dir] => churn::run(Path::new(dir)),
         _ => Err(io::Error::other(
-            "usage: torpor-workload run DIR CACHE_MIB FREED_MIB KEPT_MIB | count FILE",
+            "usage: torpor-workload run DIR CACHE_MIB FREED_MIB KEPT_MIB | count FILE | churn DIR",
         )),
     };
     match done {

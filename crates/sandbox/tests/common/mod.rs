@@ -322,6 +322,67 @@ pub(crate) async fn sh(sandbox: &Sandbox, line: &str) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
+/// The kernels that the set-up fetched: the default one, and the others that the distribution has.
+pub(crate) fn kernels() -> Vec<String> {
+    let dir = torpor_sandbox::assets::default_dir()
+        .unwrap()
+        .join("kernels");
+    let mut kernels: Vec<String> = std::fs::read_dir(&dir)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.file_type().unwrap().is_dir())
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .filter(|name| !name.starts_with('.'))
+        .collect();
+    kernels.sort();
+    assert!(!kernels.is_empty(), "{}: run `make setup`", dir.display());
+    kernels
+}
+
+/// The demo's program for guests, which `make build` puts beside the agent.
+pub(crate) fn workload() -> PathBuf {
+    let assets = Assets::find(None, DEFAULT_KERNEL).unwrap();
+    let program = assets.envd.with_file_name("torpor-workload");
+    assert!(program.exists(), "{}: run `make build`", program.display());
+    program
+}
+
+/// Brings a program into the guest.
+pub(crate) async fn upload(sandbox: &Sandbox, program: &Path, to: &str) {
+    let envd = sandbox.envd();
+    let line = format!("cat > {to} && chmod 755 {to}");
+    let command = torpor_guest::Command::shell(line).stdin();
+    let receiver = envd.start(&command, Some(Duration::from_secs(60))).await;
+    let receiver = receiver.unwrap();
+    let selector = torpor_guest::Selector::Pid(receiver.pid());
+    for chunk in std::fs::read(program).unwrap().chunks(256 << 10) {
+        envd.send_input(&selector, chunk).await.unwrap();
+    }
+    envd.close_stdin(&selector).await.unwrap();
+    assert!(receiver.output().await.unwrap().exit.success());
+}
+
+/// The next line of JSON that a process in the guest prints.
+pub(crate) async fn line<T: serde::de::DeserializeOwned>(
+    process: &mut torpor_guest::Process,
+    patience: Duration,
+) -> T {
+    use torpor_guest::ProcessEvent::{Pty, Stderr, Stdout};
+    let mut line = Vec::new();
+    let read = async {
+        while !line.contains(&b'\n') {
+            match process.next().await.unwrap() {
+                Some(Stdout(bytes) | Pty(bytes)) => line.extend(bytes),
+                Some(Stderr(bytes)) => panic!("it says: {}", String::from_utf8_lossy(&bytes)),
+                ended => panic!("it ended: {ended:?}"),
+            }
+        }
+    };
+    tokio::time::timeout(patience, read).await.unwrap();
+    let end = line.iter().position(|&byte| byte == b'\n').unwrap();
+    serde_json::from_slice(&line[..end]).unwrap()
+}
+
 /// A build that a test made, deleted at its end (children before parents).
 pub(crate) struct Cleanup<'a>(pub(crate) &'a Storage, pub(crate) Vec<BuildId>);
 
