@@ -74,8 +74,8 @@ impl<B: AsRef<[u8]>> BlockIndex<B> {
     /// Takes a file's bytes, whatever they are.
     ///
     /// # Errors
-    /// [`FormatError`] for what is not an index as [`encode`] gives it, as far as lengths, limits
-    /// and the checksum tell.
+    /// [`FormatError`] for what is no whole index of this version, as far as lengths, limits and the
+    /// checksum tell.
     pub fn decode(bytes: B) -> Result<Self, FormatError> {
         let header = Header::decode(bytes.as_ref())?;
         Ok(Self { bytes, header })

@@ -572,6 +572,30 @@ impl Index {
     }
 }
 
+impl Index {
+    /// The distinct blocks of the base image that the index names.
+    #[must_use]
+    pub fn distinct_base_image_blocks(&self) -> u64 {
+        union_len(self.base_image_ranges().collect())
+    }
+
+    /// The last block (exclusive) of the base image that the index names.
+    pub(crate) fn needed_base_image_blocks(&self) -> u64 {
+        self.base_image_ranges()
+            .map(|(_, end)| end)
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// The blocks of the base image that the index names, as half-open ranges in page order.
+    pub(crate) fn base_image_ranges(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.runs().filter_map(|run| match run.what {
+            Entry::BaseImage { block } => Some((block, block.saturating_add(run.pages))),
+            _ => None,
+        })
+    }
+}
+
 /// How many numbers lie in at least one of the half-open ranges.
 fn union_len(mut ranges: Vec<(u64, u64)>) -> u64 {
     ranges.sort_unstable();

@@ -9,20 +9,19 @@
 //! As long as a reader lives its build is in use and cannot be deleted; the build keeps its
 //! parents from being deleted, so every layer's file stays where it is.
 //!
-//! Every frame is verified each time that it is read from its file. Pages of the base image are
-//! not: the base image is immutable, and its digest is checked by
-//! [`Build::validate`](crate::Build::validate).
+//! Every frame is verified each time that it is read from its file, and so is every block of the
+//! base image, against the index of its blocks. Blocks are read from the one shared image file and
+//! not cached here: all sandboxes share them in the host's cache.
 
 use std::cell::RefCell;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use crate::base_image::BaseImage;
 use crate::build::Build;
 use crate::data::{DataFile, FRAME_BYTES, FRAME_PAGES};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
 use crate::ids::{BuildId, Digest};
 use crate::index::{Entry, INDEX_BYTES_MAX, Index, Run};
 use crate::page::{ImageKind, PAGE_SIZE, to_usize};
@@ -46,7 +45,8 @@ pub struct ImageReader {
     index_path: PathBuf,
     layers: Layers,
     cache: [Mutex<CachedFrame>; CACHED_FRAMES],
-    base_image: OnceLock<(PathBuf, File)>,
+    /// There if the index names blocks of it.
+    base_image: Option<Arc<BaseImage>>,
 }
 
 impl ImageReader {
@@ -71,13 +71,13 @@ impl ImageReader {
             return Err(Error::damaged(&index_path, 56, what));
         }
         let layers = Layers::new(build.storage().builds_dir(), index.layers().to_vec(), kind);
-        let (cache, base_image) = (Default::default(), OnceLock::new());
+        let base_image = open_base_image(build, &index, &index_path)?;
         Ok(Self {
             build: build.clone(),
             index,
             index_path,
             layers,
-            cache,
+            cache: Default::default(),
             base_image,
         })
     }
@@ -101,9 +101,9 @@ impl ImageReader {
     }
 
     /// The base image that some of its pages refer to.
-    pub(crate) fn referred_image(&self) -> Option<Digest> {
-        let refers = self.index.counts().base_image > 0;
-        self.build.manifest().info.base_image.filter(|_| refers)
+    #[must_use]
+    pub fn referred_image(&self) -> Option<Digest> {
+        self.base_image.as_ref().map(|image| image.digest())
     }
 
     /// Fills `buf`, a whole number of pages long, with the image's pages from `first_page` on.
@@ -212,34 +212,19 @@ impl ImageReader {
         })
     }
 
-    pub(crate) fn read_base_image(&self, block: u64, buf: &mut [u8]) -> Result<()> {
-        let (path, file) = self.base_image()?;
-        let offset = block.checked_mul(PAGE_SIZE as u64).ok_or_else(|| {
-            Error::damaged(
+    fn read_base_image(&self, first_block: u64, buf: &mut [u8]) -> Result<()> {
+        match &self.base_image {
+            Some(image) => image.read_blocks(first_block, buf),
+            None => Err(Error::damaged(
                 &self.index_path,
                 0,
-                "it names a block past any base image's end",
-            )
-        })?;
-        file.read_exact_at(buf, offset).context("read", path)
+                "its base image is not open",
+            )),
+        }
     }
 
-    fn base_image(&self) -> Result<(&Path, &File)> {
-        if self.base_image.get().is_none() {
-            let digest = self.build.manifest().info.base_image.ok_or_else(|| {
-                let what = "it names blocks of a base image, the manifest names none";
-                Error::damaged(&self.index_path, 0, what)
-            })?;
-            let path = self.build.storage().image_path(&digest)?;
-            let file = File::open(&path).context("open", &path)?;
-            // Another thread may have been faster: either file will do.
-            drop(self.base_image.set((path, file)));
-        }
-        let what = || Error::damaged(&self.index_path, 0, "its base image is not open");
-        self.base_image
-            .get()
-            .map(|(path, file)| (path.as_path(), file))
-            .ok_or_else(what)
+    pub(crate) fn base_image(&self) -> Option<&Arc<BaseImage>> {
+        self.base_image.as_ref()
     }
 
     pub(crate) fn layer_data(&self, layer: u32) -> Result<Arc<DataFile>> {
@@ -258,6 +243,35 @@ impl ImageReader {
     #[must_use]
     pub fn open_layers(&self) -> usize {
         self.layers.open_count()
+    }
+}
+
+/// The build's base image, if the index names blocks of it, which must all be there.
+fn open_base_image(
+    build: &Build,
+    index: &Index,
+    index_path: &Path,
+) -> Result<Option<Arc<BaseImage>>> {
+    let needed_blocks = index.needed_base_image_blocks();
+    if needed_blocks == 0 {
+        return Ok(None);
+    }
+    let nameless = || {
+        let what = "it names blocks of a base image, the manifest names none";
+        Error::damaged(index_path, 0, what)
+    };
+    let digest = build.manifest().info.base_image.ok_or_else(nameless)?;
+    let image = build.storage().base_image(&digest)?;
+    if needed_blocks <= image.len_blocks() {
+        Ok(Some(image))
+    } else {
+        let what = format!(
+            "it names block {} of {}, which holds {} blocks",
+            needed_blocks - 1,
+            image.path().display(),
+            image.len_blocks()
+        );
+        Err(Error::damaged(index_path, 0, what))
     }
 }
 

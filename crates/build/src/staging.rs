@@ -181,8 +181,16 @@ pub(crate) struct StagedFiles {
     files: BTreeMap<&'static str, Option<(File, FileRecord)>>,
     /// Builds named by the indexes.
     layers: BTreeSet<BuildId>,
-    /// What each image was written on.
-    parents: Vec<(ImageKind, Option<BuildId>)>,
+    images: Vec<StagedImage>,
+}
+
+/// What an image was written on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StagedImage {
+    pub(crate) kind: ImageKind,
+    pub(crate) parent: Option<BuildId>,
+    /// The base image whose blocks its index names, if any.
+    pub(crate) base_image: Option<Digest>,
 }
 
 /// The files of a staged build, shared with the writers that fill them.
@@ -203,9 +211,9 @@ impl SharedFiles {
         self.with(|staged| staged.files.insert(name, Some((file, record))));
     }
 
-    pub(crate) fn image(&self, kind: ImageKind, parent: Option<BuildId>, layers: &[BuildId]) {
+    pub(crate) fn image(&self, image: StagedImage, layers: &[BuildId]) {
         self.with(|staged| {
-            staged.parents.push((kind, parent));
+            staged.images.push(image);
             staged.layers.extend(layers);
         });
     }
@@ -243,7 +251,8 @@ impl StagedBuild {
     }
 
     /// Starts writing an image, standing on `parent`'s image of the same kind if there is one.
-    /// Images may be written at the same time, by different threads.
+    /// Images may be written at the same time, by different threads. Pages become references to
+    /// the base image only after [`LayerWriter::refer_to`].
     ///
     /// # Errors
     /// When its files cannot be made, or it is longer than an image can be.
@@ -295,8 +304,9 @@ impl StagedBuild {
     ///
     /// # Errors
     /// What a step gives; [`Error::ParentGone`] if the parent was deleted meanwhile,
-    /// [`Error::ParentMismatch`], [`Error::Unfinished`], [`Error::UnknownImage`] and
-    /// [`Error::UnknownKernel`] for what does not fit together. The staged build is gone then.
+    /// [`Error::ParentMismatch`], [`Error::BaseImageMismatch`] and [`Error::Unfinished`] for what
+    /// does not fit together, [`Error::UnknownImage`] and [`Error::UnknownKernel`] for what is not
+    /// there, or no more. The staged build is gone then.
     pub fn commit(mut self, info: BuildInfo) -> Result<Build> {
         let (open_files, manifest) = self.close(info)?;
         let staging = self.dir.path();
@@ -327,16 +337,8 @@ impl StagedBuild {
     fn close(&self, info: BuildInfo) -> Result<(Vec<(&'static str, File)>, Manifest)> {
         let id = self.id;
         let staged = self.files.with(std::mem::take);
-        for (kind, image_parent) in staged.parents {
-            if image_parent != info.parent {
-                let (image, manifest_parent) = (kind.as_str(), info.parent);
-                return Err(Error::ParentMismatch {
-                    id,
-                    image,
-                    image_parent,
-                    manifest_parent,
-                });
-            }
+        for image in staged.images {
+            check_image(id, image, &info)?;
         }
         let (mut open_files, mut files) = (Vec::new(), BTreeMap::new());
         for (name, finished) in staged.files {
@@ -376,5 +378,26 @@ impl StagedBuild {
             self.storage.kernel_path(digest)?;
         }
         Ok(())
+    }
+}
+
+/// Whether an image was written on what the manifest says.
+fn check_image(id: BuildId, image: StagedImage, info: &BuildInfo) -> Result<()> {
+    if image.parent != info.parent {
+        return Err(Error::ParentMismatch {
+            id,
+            image: image.kind.as_str(),
+            image_parent: image.parent,
+            manifest_parent: info.parent,
+        });
+    }
+    match image.base_image {
+        Some(referred) if info.base_image != Some(referred) => Err(Error::BaseImageMismatch {
+            id,
+            image: image.kind.as_str(),
+            referred,
+            found: info.base_image,
+        }),
+        _ => Ok(()),
     }
 }

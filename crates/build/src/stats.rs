@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::build::{Build, VMSTATE_FILE};
 use crate::error::Result;
-use crate::ids::BuildId;
+use crate::ids::{BuildId, Digest};
 use crate::index::PageCounts;
 use crate::page::{ImageKind, PAGE_SIZE};
 use crate::reader::ImageReader;
@@ -20,6 +20,17 @@ pub struct LayerUse {
     pub distinct_pages: u64,
 }
 
+/// What the base image contributes to an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseImageUse {
+    /// The base image.
+    pub image: Digest,
+    /// Pages of the image whose bytes stand there.
+    pub pages: u64,
+    /// Distinct blocks among them.
+    pub distinct_blocks: u64,
+}
+
 /// One image of a build.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageStats {
@@ -29,6 +40,9 @@ pub struct ImageStats {
     pub pages: PageCounts,
     /// Where its data stands: this build's own layer and its ancestors'.
     pub layers: Vec<LayerUse>,
+    /// The base image's part, if pages refer to it.
+    #[serde(default)]
+    pub base_image: Option<BaseImageUse>,
     /// Runs in the index.
     pub runs: u64,
     /// The index file.
@@ -106,10 +120,17 @@ impl ImageReader {
             })
             .collect();
         let distinct_pages: u64 = layers.iter().map(|layer| layer.distinct_pages).sum();
+        let pages = index.counts();
+        let base_image = self.referred_image().map(|image| BaseImageUse {
+            image,
+            pages: pages.base_image,
+            distinct_blocks: index.distinct_base_image_blocks(),
+        });
         Ok(ImageStats {
             len_pages: index.len_pages(),
-            pages: index.counts(),
+            pages,
             layers,
+            base_image,
             runs: index.run_count() as u64,
             index_file_bytes: build.file_bytes(index.kind().index_file()),
             data_file_bytes: build.file_bytes(index.kind().data_file()),

@@ -4,7 +4,7 @@
 //! <root>/lock                 held for the moment in which names change
 //!        builds/<id>/         committed builds; a shared flock on the directory = in use
 //!        staging/<what>-…/    what is being written or deleted; an flock on it = its owner lives
-//!        images/<digest>      base images, 0400
+//!        images/<digest>      base images, 0400; a shared flock = in use
 //!        block-indexes/<digest>  the index of that image's blocks, 0400; can be made again
 //!        kernels/<digest>/    vmlinux, config-<digest of the configuration>
 //!        templates/<name>     the id of the build that the name means now
@@ -13,15 +13,16 @@
 //! ```
 //!
 //! Invariants:
-//! - Whatever stands in `builds/`, `images/` and `kernels/` is whole: it was written in `staging/`,
-//!   synced, and renamed into place.
+//! - Whatever stands in `builds/`, `images/`, `block-indexes/` and `kernels/` is whole: it was
+//!   written in `staging/`, synced, and renamed into place.
 //! - Names appear, change and vanish only under the storage's lock, which is held for a rename and
 //!   a sync and never while data is written. So "does the parent still exist?" and the rename that
 //!   relies on the answer are one step.
 //! - Ownership is an `flock`: it ends with its process, however that ends. Nothing here trusts a
 //!   process id.
 //!
-//! What it does not do: expire builds, or remove base images and kernels that nothing refers to.
+//! What it does not do: expire builds, remove base images that nothing refers to by itself
+//! ([`Storage::delete_image`] does when asked), or remove kernels.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::ErrorKind;

@@ -2,7 +2,8 @@
 //!
 //! Reading verifies what it reads; this reads everything that a resume depends on: every file's
 //! length and digest, every frame of every data file, the frames of other builds that the indexes
-//! name, the base image and the kernel; and it checks that indexes stay within the layers that
+//! name, the blocks of the base image that they refer to, the base image itself and the kernel; and
+//! it checks that indexes stay within the layers that
 //! they name, and that nothing lies in a build's directory that its manifest does not know.
 //!
 //! First everything is opened and put on a list, so that it is known how much there is to read;
@@ -10,7 +11,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use crate::base_image::BaseImage;
 use crate::build::{Build, VMSTATE_FILE};
 use crate::data::{DataFile, FRAME_BYTES, FRAME_PAGES};
 use crate::error::{Error, Result};
@@ -21,6 +24,9 @@ use crate::objects::digest_with;
 use crate::page::{ImageKind, PAGE_SIZE, to_usize};
 use crate::reader::ImageReader;
 use crate::storage::list_dir;
+
+/// Blocks of a base image read at a time (1 MiB).
+const READ_BLOCKS: usize = 256;
 
 /// How far [`Build::validate`] goes.
 #[derive(Debug, Clone, Copy, Default)]
@@ -38,6 +44,8 @@ pub struct Validation {
     pub bytes: u64,
     /// Frames that were decoded.
     pub frames: u64,
+    /// Blocks of base images that pages refer to and that were compared with their hashes.
+    pub blocks: u64,
     /// Everything that is wrong.
     pub problems: Vec<Error>,
 }
@@ -103,6 +111,11 @@ enum What {
         /// Half-open ranges.
         frames: Vec<(usize, usize)>,
     },
+    Blocks {
+        base_image: Arc<BaseImage>,
+        /// Half-open ranges.
+        blocks: Vec<(usize, usize)>,
+    },
 }
 
 #[derive(Debug, Default)]
@@ -127,7 +140,7 @@ impl Plan {
                 if !options.recursive {
                     self.add_used_frames(&image);
                 }
-                self.found.note(image.validate_base_image());
+                self.add_used_blocks(&image);
             }
         }
         let (storage, info) = (build.storage(), &build.manifest().info);
@@ -220,6 +233,25 @@ impl Plan {
         }
     }
 
+    /// The blocks of the base image that the image uses.
+    fn add_used_blocks(&mut self, image: &ImageReader) {
+        let Some(base_image) = image.base_image() else {
+            return;
+        };
+        let ranges = image.index().base_image_ranges();
+        let ranges = ranges.map(|(start, end)| (to_usize(start), to_usize(end)));
+        let blocks = union(ranges.collect(), to_usize(base_image.len_blocks()));
+        let count: usize = blocks.iter().map(|(start, end)| end - start).sum();
+        self.works.push(Work {
+            path: base_image.path().to_owned(),
+            bytes: (count * PAGE_SIZE) as u64,
+            what: What::Blocks {
+                base_image: Arc::clone(base_image),
+                blocks,
+            },
+        });
+    }
+
     fn add_frames(
         &mut self,
         data: &DataFile,
@@ -286,6 +318,9 @@ impl Plan {
                         read_frames(&data, frames, &mut found, &mut advance);
                     }
                 }
+                What::Blocks { base_image, blocks } => {
+                    read_blocks(base_image, blocks, &mut found, &mut advance);
+                }
             }
             before += work.bytes;
             progress(before, total);
@@ -306,6 +341,24 @@ fn read_frames(
         found.note(data.read_frame(frame, &mut stored, &mut pages));
         found.frames += 1;
         advance(FRAME_BYTES as u64);
+    }
+}
+
+fn read_blocks(
+    base_image: &BaseImage,
+    blocks: &[(usize, usize)],
+    found: &mut Validation,
+    advance: &mut dyn FnMut(u64),
+) {
+    let mut bytes = Vec::new();
+    for &(start, end) in blocks {
+        for first in (start..end).step_by(READ_BLOCKS) {
+            let count = READ_BLOCKS.min(end - first);
+            bytes.resize(count * PAGE_SIZE, 0);
+            found.note(base_image.read_blocks(first as u64, &mut bytes));
+            found.blocks += count as u64;
+            advance((count * PAGE_SIZE) as u64);
+        }
     }
 }
 
@@ -341,17 +394,5 @@ impl ImageReader {
     pub(crate) fn open_own_data(&self) -> Result<DataFile> {
         let (build, kind) = (self.build(), self.index().kind());
         DataFile::open(&build.file_path(kind.data_file()), &build.id(), kind)
-    }
-
-    /// Reads the last block that the index names.
-    fn validate_base_image(&self) -> Result<()> {
-        let last = self.index().runs().filter_map(|run| match run.what {
-            Entry::BaseImage { block } => Some(block + run.pages - 1),
-            _ => None,
-        });
-        match last.max() {
-            Some(block) => self.read_base_image(block, &mut [0; PAGE_SIZE]),
-            None => Ok(()),
-        }
     }
 }

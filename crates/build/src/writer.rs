@@ -1,34 +1,43 @@
-//! Takes a new image, page by page, and stores what its parent does not have.
+//! Takes a new image, page by page, and stores what neither its parent nor the base image has.
 //!
 //! Pages come in order, each exactly once. What becomes of a page's bytes, first rule that fits:
 //!
 //! 1. all zero → [`Entry::Zero`]
 //! 2. the same bytes as the parent's page of that number → the parent's entry
-//! 3. the same bytes as a page that this build has stored already → that page
-//! 4. anything else → stored
+//! 3. the same bytes as a block of the base image → a reference to that block, if the writer was
+//!    told to make them ([`LayerWriter::refer_to`])
+//! 4. the same bytes as a page that this build has stored already → that page
+//! 5. anything else → stored
 //!
-//! Rule 3 compares 128 bits of a keyed BLAKE3; the key is new for each writer, so a guest cannot
-//! make pages that collide, neither to corrupt nor to slow down its pause.
+//! Rules 1 to 3 are independent of what came before; they are looked at by all cores, a window of
+//! pages at a time. Each page is hashed once, for rules 3 and 4. Rule 3 compares the bytes as well;
+//! rule 4 takes equal BLAKE3s for equal pages. A guest cannot slow its pause down by what it
+//! writes: looking up in the base image is a binary search, and the map behind rule 4 has a random
+//! key of its own.
 //!
-//! What it does not do: look for a page's bytes elsewhere in the parent, or in the base image.
+//! What it does not do: look for a page's bytes elsewhere in the parent.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use crate::base_image::BaseImage;
-use crate::data::{FRAME_BYTES, FRAME_PAGES};
+use crate::classify::{Classifier, Found, parent_run};
+use crate::data::FRAME_BYTES;
 use crate::error::{Error, Result};
 use crate::frames::{FrameWriter, HashedFile};
 use crate::ids::{BuildId, Digest};
 use crate::index::{Entry, IndexBuilder, PageCounts};
-use crate::page::{IMAGE_PAGES_MAX, ImageKind, PAGE_SIZE, is_zero, to_usize};
+use crate::page::{IMAGE_PAGES_MAX, ImageKind, PAGE_SIZE};
+use crate::parallel::useful_threads;
 use crate::reader::ImageReader;
-use crate::staging::SharedFiles;
+use crate::staging::{SharedFiles, StagedImage};
 
-/// Pages compared with the parent's at a time.
-const COMPARE_PAGES: u64 = FRAME_PAGES as u64;
+/// Pages looked at before the first of them is stored: 4 MiB, so that starting threads for them
+/// is little beside the work.
+const WINDOW_PAGES: usize = 1024;
 
 /// What pages are, as the capture found it.
 #[derive(Debug, Clone, Copy)]
@@ -91,8 +100,9 @@ pub struct LayerWriter {
     /// The frame that is being filled.
     frame: Vec<u8>,
     stored: StoredPages,
-    /// The parent's pages, to compare with.
-    parent_pages: Vec<u8>,
+    threads: usize,
+    /// Whether the log has been told that the parent cannot be read.
+    warned: AtomicBool,
     summary: LayerSummary,
     failed: bool,
     files: SharedFiles,
@@ -132,7 +142,8 @@ impl LayerWriter {
             frame: data.buffer(),
             data,
             stored: StoredPages::default(),
-            parent_pages: Vec::new(),
+            threads: useful_threads(),
+            warned: AtomicBool::new(false),
             summary: LayerSummary::default(),
             failed: false,
             files,
@@ -195,7 +206,7 @@ impl LayerWriter {
             PageContent::Parent => self.push_parent(first_page, pages)?,
             PageContent::Free => self.index.append(pages, Entry::Free)?,
             PageContent::Removed => self.index.append(pages, Entry::Removed)?,
-            PageContent::Data(bytes) => self.push_data(first_page, pages, bytes)?,
+            PageContent::Data(bytes) => self.push_data(first_page, bytes)?,
         }
         self.failed = false;
         Ok(())
@@ -242,10 +253,18 @@ impl LayerWriter {
         let (file, index_record) = self.index_file.finish()?;
         self.files
             .finished(self.kind.index_file(), file, index_record);
-        let parent = self.parent.map(|parent| parent.build().id());
-        self.files.image(self.kind, parent, index.layers());
+        let counts = index.counts();
+        let own = self.base_image.map(|image| image.digest());
+        let of_parent = self.parent.as_ref().and_then(|p| p.referred_image());
+        let image = StagedImage {
+            kind: self.kind,
+            parent: self.parent.as_ref().map(|parent| parent.build().id()),
+            // Its own and the parent's are the same, where there are both.
+            base_image: own.or(of_parent).filter(|_| counts.base_image > 0),
+        };
+        self.files.image(image, index.layers());
         Ok(LayerSummary {
-            pages: index.counts(),
+            pages: counts,
             stored_pages: self.stored.pages(),
             raw_bytes: self.stored.pages() * PAGE_SIZE as u64,
             compressed_bytes,
@@ -257,23 +276,10 @@ impl LayerWriter {
         })
     }
 
-    /// What the parent has at a page, for how many pages (at most `pages_max`).
-    fn parent_run(&self, page: u64, pages_max: u64) -> (u64, Entry) {
-        match self
-            .parent
-            .as_ref()
-            .and_then(|parent| parent.index().run_at(page))
-        {
-            Some(run) => (run.pages.min(pages_max), run.what),
-            // No parent, or past its end: nothing there until the end.
-            None => (pages_max, Entry::Zero),
-        }
-    }
-
     fn push_parent(&mut self, first_page: u64, pages: u64) -> Result<()> {
         let (mut page, end) = (first_page, first_page + pages);
         while page < end {
-            let (pages, entry) = self.parent_run(page, end - page);
+            let (pages, entry) = parent_run(self.parent.as_deref(), page, end - page);
             self.append_parent(pages, entry)?;
             page += pages;
         }
@@ -310,73 +316,39 @@ impl LayerWriter {
         )
     }
 
-    fn push_data(&mut self, first_page: u64, pages: u64, bytes: &[u8]) -> Result<()> {
-        let mut done = 0;
-        while done < pages {
-            let wanted = (pages - done).min(COMPARE_PAGES);
-            let (chunk_pages, entry) = self.parent_run(first_page + done, wanted);
-            let from = to_usize(done) * PAGE_SIZE;
-            let chunk = &bytes[from..from + to_usize(chunk_pages) * PAGE_SIZE];
-            let comparable = !entry.reads_as_zero()
-                && !chunk.chunks_exact(PAGE_SIZE).all(is_zero)
-                && self.read_parent(first_page + done, chunk.len());
-            self.push_chunk(chunk, comparable.then_some(entry))?;
-            done += chunk_pages;
+    fn push_data(&mut self, first_page: u64, bytes: &[u8]) -> Result<()> {
+        let firsts = (first_page..).step_by(WINDOW_PAGES);
+        for (first_page, window) in firsts.zip(bytes.chunks(WINDOW_PAGES * PAGE_SIZE)) {
+            let classifier = Classifier {
+                parent: self.parent.as_deref(),
+                base_image: self.base_image.as_deref(),
+                warned: &self.warned,
+            };
+            let classified = classifier.classify(self.threads, first_page, window);
+            self.summary.parent_unreadable_pages += classified.parent_unreadable_pages;
+            for (page, found) in window.chunks_exact(PAGE_SIZE).zip(classified.pages) {
+                self.push_found(page, found)?;
+            }
         }
         Ok(())
     }
 
-    /// Reads the parent's pages. A parent that cannot be read is no reason to lose the guest's
-    /// pages: they are stored, and the summary says so.
-    fn read_parent(&mut self, first_page: u64, bytes: usize) -> bool {
-        let Some(parent) = &self.parent else {
-            return false;
-        };
-        self.parent_pages.resize(bytes, 0);
-        match parent.read_pages(first_page, &mut self.parent_pages) {
-            Ok(()) => true,
-            Err(error) => {
-                // Once: a parent that has lost a file would fill the log.
-                if self.summary.parent_unreadable_pages == 0 {
-                    tracing::warn!(first_page, %error, "the parent's pages cannot be compared");
-                }
-                self.summary.parent_unreadable_pages += (bytes / PAGE_SIZE) as u64;
-                false
+    fn push_found(&mut self, page: &[u8], found: Found) -> Result<()> {
+        match found {
+            Found::Zero => self.index.append(1, Entry::Zero),
+            Found::Parent(entry) => {
+                self.summary.same_as_parent_pages += 1;
+                self.append_parent(1, entry)
             }
+            Found::BaseImage(block) => {
+                self.summary.base_image_pages += 1;
+                self.index.append(1, Entry::BaseImage { block })
+            }
+            Found::Other(digest) => self.store(page, digest),
         }
     }
 
-    /// Pages of one run of the parent, whose bytes stand in `parent_pages` if its entry is given.
-    fn push_chunk(&mut self, chunk: &[u8], parent: Option<Entry>) -> Result<()> {
-        let parent_pages = std::mem::take(&mut self.parent_pages);
-        let mut pushed = Ok(());
-        for (position, page) in chunk.chunks_exact(PAGE_SIZE).enumerate() {
-            let from = position * PAGE_SIZE;
-            let of_parent = parent.zip(parent_pages.get(from..from + PAGE_SIZE));
-            pushed = match of_parent {
-                _ if is_zero(page) => self.index.append(1, Entry::Zero),
-                Some((entry, same)) if same == page => {
-                    self.summary.same_as_parent_pages += 1;
-                    self.append_parent(1, entry.advanced(position as u64))
-                }
-                _ => self.push_page(page),
-            };
-            if pushed.is_err() {
-                break;
-            }
-        }
-        self.parent_pages = parent_pages;
-        pushed
-    }
-
-    fn push_page(&mut self, page: &[u8]) -> Result<()> {
-        let digest = Digest::of(page);
-        if let Some(image) = &self.base_image
-            && let Some(block) = image.find(page, &digest)
-        {
-            self.summary.base_image_pages += 1;
-            return self.index.append(1, Entry::BaseImage { block });
-        }
+    fn store(&mut self, page: &[u8], digest: Digest) -> Result<()> {
         let (offset_pages, is_new) = self.stored.find_or_add(digest);
         if is_new {
             self.frame.extend_from_slice(page);

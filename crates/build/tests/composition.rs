@@ -7,8 +7,8 @@ use common::{Push, page, pages, read_all, storage, store, try_store, write_image
 use proptest::collection::vec;
 use proptest::prelude::*;
 use torpor_build::{
-    Build, BuildId, BuildInfo, Entry, Error, ImageKind, IndexBuilder, OPEN_LAYERS_MAX, PAGE_SIZE,
-    PageContent, Run, ValidateOptions,
+    Build, BuildId, Entry, Error, ImageKind, OPEN_LAYERS_MAX, PAGE_SIZE, PageContent, Run,
+    ValidateOptions,
 };
 
 /// What the image must be: each page's bytes (by seed) and the kind that its index must give.
@@ -343,42 +343,4 @@ fn pages_whose_parent_cannot_be_read_are_stored() {
         (summary.parent_unreadable_pages, summary.stored_pages),
         (2, 2)
     );
-}
-
-#[test]
-fn pages_that_refer_to_the_base_image_are_read_from_it() {
-    let storage = storage();
-    let original = storage.dir.path().join("image");
-    std::fs::write(&original, pages(&[2, 4, 6])).unwrap();
-    let base_image = Some(storage.import_image(&original).unwrap());
-    let staged = storage.begin_build(BuildId::random()).unwrap();
-    write_image(&staged, ImageKind::Memory, None, &[Push::Free(2)]).unwrap();
-    let build = staged
-        .commit(BuildInfo {
-            base_image,
-            ..BuildInfo::default()
-        })
-        .unwrap();
-    // No writer makes such references yet: an index of the same length, put there by hand.
-    let refer_to = |block| {
-        let mut index = IndexBuilder::new(build.id(), ImageKind::Memory);
-        index.append(2, Entry::BaseImage { block }).unwrap();
-        let bytes = index.finish().encode().unwrap();
-        std::fs::write(build.path().join("memory.index"), bytes).unwrap();
-    };
-    refer_to(1);
-    assert_eq!(read_all(&build, ImageKind::Memory).unwrap(), pages(&[4, 6]));
-    assert_eq!(
-        build
-            .memory()
-            .unwrap()
-            .stats()
-            .unwrap()
-            .reachable_stored_bytes,
-        0
-    );
-    for past_the_end in [2, (1 << 56) - 4] {
-        refer_to(past_the_end);
-        read_all(&build, ImageKind::Memory).unwrap_err();
-    }
 }

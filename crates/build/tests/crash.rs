@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use common::{Push, info, names_in, storage, store, try_store, write_image};
 use fail::FailScenario;
 use rustix::process::{Signal, getpid, kill_process};
-use torpor_build::{BuildId, Error, ImageKind, Storage, ValidateOptions};
+use torpor_build::{BuildId, Digest, Error, ImageKind, Storage, ValidateOptions};
 
 /// Each has a fail point before and one after.
 const COMMIT_STEPS: [&str; 9] = [
@@ -35,12 +35,17 @@ const TEMPLATE_STEPS: [&str; 4] = [
     "template-file-rename",
     "template-dir-sync",
 ];
-const IMPORT_STEPS: [&str; 4] = [
+const IMPORT_STEPS: [&str; 8] = [
     "import-write",
     "import-file-sync",
     "import-rename",
     "import-dir-sync",
+    "block-index-write",
+    "block-index-file-sync",
+    "block-index-rename",
+    "block-index-dir-sync",
 ];
+const IMAGE_REMOVE_STEPS: [&str; 2] = ["image-remove", "image-remove-sync"];
 
 fn points(steps: &[&str]) -> impl Iterator<Item = String> {
     steps
@@ -120,7 +125,46 @@ fn a_template_or_import_that_fails_at_any_step_leaves_the_old_or_the_new_one() {
         let digest = storage.import_image(&image).unwrap();
         let kept = std::fs::read(storage.image_path(&digest).unwrap()).unwrap();
         assert_eq!(kept, std::fs::read(&image).unwrap(), "{point}");
+        drop(storage.base_image(&digest).unwrap());
     }
+    scenario.teardown();
+}
+
+#[test]
+fn an_image_whose_deletion_fails_at_any_step_is_whole_or_gone() {
+    let scenario = FailScenario::setup();
+    let storage = storage();
+    let indexes = || names_in(&storage, "block-indexes");
+    for point in points(&IMAGE_REMOVE_STEPS) {
+        let digest = common::import(&storage, &[1, 2], b"").digest();
+        assert_eq!(indexes(), [digest.to_string()], "{point}");
+        fail::cfg(&point, "return").unwrap();
+        storage.delete_image(&digest).expect_err(&point);
+        fail::remove(&point);
+        // No index is left without its image.
+        assert!(indexes().is_empty(), "{point}");
+        if point == "image-remove-before" {
+            drop(storage.base_image(&digest).unwrap());
+            storage.delete_image(&digest).unwrap();
+        }
+        assert!(names_in(&storage, "images").is_empty(), "{point}");
+        assert!(indexes().is_empty(), "{point}");
+    }
+    scenario.teardown();
+}
+
+#[test]
+fn an_index_that_cannot_be_written_is_kept_in_memory() {
+    let scenario = FailScenario::setup();
+    let storage = storage();
+    let digest = common::import(&storage, &[1, 2], b"").digest();
+    let path = common::block_index_path(&storage, &digest);
+    std::fs::remove_file(&path).unwrap();
+    fail::cfg("block-index-write-before", "return(enospc)").unwrap();
+    let image = storage.base_image(&digest).unwrap();
+    let page = common::page(2);
+    assert_eq!(image.find(&page, &Digest::of(&page)), Some(1));
+    assert!(!path.exists());
     scenario.teardown();
 }
 

@@ -6,9 +6,8 @@ mod common;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
-use common::{Push, TestStorage, pages, read_all, storage, store};
+use common::{Push, TestStorage, pages, read_all, sign, storage, store};
 use torpor_build::{Build, BuildId, BuildInfo, Digest, Error, ImageKind, Storage, ValidateOptions};
-use xxhash_rust::xxh3::Xxh3;
 
 const FILES: [&str; 6] = [
     "manifest.json",
@@ -287,14 +286,6 @@ fn the_files_of_another_build_or_image_are_refused_as_such() {
         error.to_string().contains(&other.id().to_string()),
         "{error}"
     );
-}
-
-/// Puts a checksum over everything but its own place, as both binary formats have it.
-fn sign(bytes: &mut [u8], end: usize) {
-    let mut hasher = Xxh3::new();
-    hasher.update(&bytes[..16]);
-    hasher.update(&bytes[24..end]);
-    bytes[16..24].copy_from_slice(&hasher.digest().to_le_bytes());
 }
 
 #[test]

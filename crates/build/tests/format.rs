@@ -65,6 +65,33 @@ fn version_1_of_the_index_has_these_bytes() {
     assert_eq!(Index::decode(&expected).unwrap(), small_index());
 }
 
+/// Three blocks, of which the first is zeros, and the last two are equal, and a tail.
+#[test]
+fn version_1_of_the_block_index_has_these_bytes() {
+    let storage = storage();
+    let image = common::import(&storage, &[0, 2, 2], b"tail");
+    let content = [&pages(&[0, 2, 2])[..], b"tail"].concat();
+    let zero = blake3::hash(&page(0));
+    let two = blake3::hash(&page(2));
+    #[rustfmt::skip]
+    let expected: Vec<u8> = [
+        b"torporBX".as_slice(),
+        &[1, 0, 0, 0], // version
+        &[0, 0x10, 0, 0], // bytes in a block
+        &[0x77, 0x87, 0x70, 0x12, 0xff, 0x7c, 0x69, 0xbd], // checksum
+        blake3::hash(&content).as_bytes(),
+        &[4, 0x30, 0, 0, 0, 0, 0, 0], // bytes in the image
+        &[3, 0, 0, 0], // blocks
+        &[1, 0, 0, 0], // blocks that can be found
+        zero.as_bytes(),
+        two.as_bytes(),
+        two.as_bytes(),
+        &[1, 0, 0, 0], // sorted by hash
+    ].concat();
+    let found = std::fs::read(common::block_index_path(&storage, &image.digest())).unwrap();
+    assert_eq!(found, expected);
+}
+
 fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures/v1")

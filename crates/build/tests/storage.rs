@@ -515,3 +515,130 @@ fn a_template_whose_build_is_gone_is_deleted_all_the_same() {
     assert_eq!(deleted, None);
     assert!(names_in(&storage, "templates").is_empty());
 }
+
+/// A build that names a base image and stores nothing.
+fn naming(storage: &Storage, image: Digest) -> BuildId {
+    let info = BuildInfo {
+        base_image: Some(image),
+        ..BuildInfo::default()
+    };
+    let staged = storage.begin_build(BuildId::random()).unwrap();
+    staged.commit(info).unwrap().id()
+}
+
+#[test]
+fn a_base_image_stays_as_long_as_a_build_names_it_and_the_error_names_the_builds() {
+    let storage = storage();
+    let image = common::import(&storage, &[1, 2], b"").digest();
+    let builds = [naming(&storage, image), naming(&storage, image)];
+    for (left, build) in [(2, builds[0]), (1, builds[1])] {
+        let error = storage.delete_image(&image).unwrap_err();
+        assert!(
+            matches!(&error, Error::ImageNeeded { builds, .. }
+                if builds.len() == left && builds.contains(&build)),
+            "{error}"
+        );
+        assert!(error.to_string().contains(&build.to_string()), "{error}");
+        storage.delete_build(&build).unwrap();
+    }
+    storage.delete_image(&image).unwrap();
+    assert!(names_in(&storage, "images").is_empty());
+    assert!(names_in(&storage, "block-indexes").is_empty());
+    let again = storage.delete_image(&image).unwrap_err();
+    assert!(matches!(again, Error::UnknownImage { .. }), "{again}");
+}
+
+#[test]
+fn a_base_image_in_use_is_not_deleted() {
+    let storage = storage();
+    let image = common::import(&storage, &[1, 2], b"");
+    let digest = image.digest();
+    let error = storage.delete_image(&digest).unwrap_err();
+    assert!(matches!(error, Error::ImageInUse { .. }), "{error}");
+    drop(image);
+    storage.delete_image(&digest).unwrap();
+}
+
+#[test]
+fn builds_that_cannot_be_read_keep_every_base_image() {
+    let storage = storage();
+    let image = common::import(&storage, &[1, 2], b"").digest();
+    let damaged = store(&storage, None, &[Push::Data(vec![1])]).id();
+    let manifest = storage
+        .root()
+        .join(format!("builds/{damaged}/manifest.json"));
+    std::fs::write(manifest, "{}").unwrap();
+    let error = storage.delete_image(&image).unwrap_err();
+    assert!(
+        matches!(&error, Error::ImageMayBeNeeded { unreadable, .. } if *unreadable == [damaged]),
+        "{error}"
+    );
+    storage.delete_build(&damaged).unwrap();
+    storage.delete_image(&image).unwrap();
+}
+
+#[test]
+fn a_build_of_a_newer_version_keeps_its_base_image_and_no_other() {
+    let storage = storage();
+    let image = common::import(&storage, &[1, 2], b"").digest();
+    let other = common::import(&storage, &[3], b"").digest();
+    let build = naming(&storage, image);
+    let path = storage.root().join(format!("builds/{build}/manifest.json"));
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (_, body) = text.split_once("\n\"manifest\": ").unwrap();
+    let body = body.strip_suffix("\n}\n").unwrap();
+    let body = body.replace("\"format_version\":1", "\"format_version\":7");
+    let checksum = Digest::of(body.as_bytes());
+    let text = format!("{{\n\"checksum\": \"{checksum}\",\n\"manifest\": {body}\n}}\n");
+    std::fs::write(&path, text).unwrap();
+    let error = storage.delete_image(&image).unwrap_err();
+    assert!(matches!(error, Error::ImageNeeded { .. }), "{error}");
+    storage.delete_image(&other).unwrap();
+}
+
+#[test]
+fn a_build_whose_base_image_was_deleted_meanwhile_is_not_committed() {
+    let storage = storage();
+    let image = common::import(&storage, &[1, 2], b"");
+    let digest = image.digest();
+    let staged = storage.begin_build(BuildId::random()).unwrap();
+    let memory = [Push::Data(vec![1])];
+    common::write_referring_image(&staged, ImageKind::Memory, None, Some(&image), &memory).unwrap();
+    drop(image);
+    storage.delete_image(&digest).unwrap();
+    let info = BuildInfo {
+        base_image: Some(digest),
+        ..BuildInfo::default()
+    };
+    let error = staged.commit(info).unwrap_err();
+    assert!(
+        matches!(error, Error::UnknownImage { digest: gone, .. } if gone == digest),
+        "{error}"
+    );
+    assert!(storage.list_builds().unwrap().is_empty());
+    assert!(names_in(&storage, "staging").is_empty());
+}
+
+#[test]
+fn images_are_listed_with_the_builds_that_name_them() {
+    let storage = storage();
+    let one = common::import(&storage, &[1, 2, 0, 0], b"").digest();
+    let other = common::import(&storage, &[3], b"and a tail").digest();
+    let builds = [naming(&storage, one), naming(&storage, one)];
+    store(&storage, None, &[Push::Data(vec![1])]);
+    let listed = storage.list_images().unwrap();
+    assert!(listed.is_sorted_by_key(|image| image.digest.to_string()));
+    assert_eq!(listed.len(), 2);
+    for image in listed {
+        let (bytes, expected): (u64, &[BuildId]) = if image.digest == one {
+            (4 * 4096, &builds)
+        } else {
+            assert_eq!(image.digest, other);
+            (4096 + 10, &[])
+        };
+        assert_eq!(image.bytes, bytes);
+        assert!(image.stored_bytes <= 2 * 4096, "{}", image.stored_bytes);
+        assert_eq!(image.builds.len(), expected.len());
+        assert!(expected.iter().all(|build| image.builds.contains(build)));
+    }
+}

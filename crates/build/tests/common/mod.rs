@@ -7,13 +7,14 @@
     reason = "test code"
 )]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use torpor_build::{
-    Build, BuildId, BuildInfo, ImageKind, LayerSummary, PAGE_SIZE, PageContent, Result,
-    StagedBuild, Storage,
+    BaseImage, Build, BuildId, BuildInfo, Digest, ImageKind, LayerSummary, PAGE_SIZE, PageContent,
+    Result, StagedBuild, Storage,
 };
+use xxhash_rust::xxh3::Xxh3;
 
 pub struct TestStorage {
     pub storage: Storage,
@@ -88,11 +89,25 @@ pub fn write_image(
     parent: Option<&Build>,
     pushes: &[Push],
 ) -> Result<LayerSummary> {
+    write_referring_image(staged, kind, parent, None, pushes)
+}
+
+/// As [`write_image`], with references to a base image.
+pub fn write_referring_image(
+    staged: &StagedBuild,
+    kind: ImageKind,
+    parent: Option<&Build>,
+    base_image: Option<&Arc<BaseImage>>,
+    pushes: &[Push],
+) -> Result<LayerSummary> {
     let parent = parent
         .map(|build| build.image(kind).map(Arc::new))
         .transpose()?;
     let len_pages = pushes.iter().map(Push::len).sum();
     let mut writer = staged.image_writer(kind, len_pages, parent)?;
+    if let Some(base_image) = base_image {
+        writer.refer_to(Arc::clone(base_image))?;
+    }
     let mut page = 0;
     for push in pushes {
         let bytes;
@@ -136,6 +151,44 @@ pub fn store(storage: &Storage, parent: Option<&Build>, memory: &[Push]) -> Buil
     try_store(storage, BuildId::random(), parent, memory)
         .unwrap()
         .0
+}
+
+/// Imports a base image of these pages, with `tail` behind them.
+pub fn import(storage: &TestStorage, seeds: &[u64], tail: &[u8]) -> Arc<BaseImage> {
+    let path = storage.dir.path().join("base image");
+    std::fs::write(&path, [&pages(seeds), tail].concat()).unwrap();
+    let digest = storage.import_image(&path).unwrap();
+    storage.base_image(&digest).unwrap()
+}
+
+/// A build of a memory image alone that refers to a base image, and names it.
+pub fn store_referring(
+    storage: &Storage,
+    parent: Option<&Build>,
+    base_image: &Arc<BaseImage>,
+    memory: &[Push],
+) -> (Build, LayerSummary) {
+    let staged = storage.begin_build(BuildId::random()).unwrap();
+    let summary =
+        write_referring_image(&staged, ImageKind::Memory, parent, Some(base_image), memory)
+            .unwrap();
+    let info = BuildInfo {
+        base_image: Some(base_image.digest()),
+        ..info(parent)
+    };
+    (staged.commit(info).unwrap(), summary)
+}
+
+pub fn block_index_path(storage: &Storage, image: &Digest) -> PathBuf {
+    storage.root().join(format!("block-indexes/{image}"))
+}
+
+/// Puts a checksum over everything but its own place, as all binary formats have it.
+pub fn sign(bytes: &mut [u8], end: usize) {
+    let mut hasher = Xxh3::new();
+    hasher.update(&bytes[..16]);
+    hasher.update(&bytes[24..end]);
+    bytes[16..24].copy_from_slice(&hasher.digest().to_le_bytes());
 }
 
 pub fn read_all(build: &Build, kind: ImageKind) -> Result<Vec<u8>> {
