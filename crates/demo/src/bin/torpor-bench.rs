@@ -20,8 +20,8 @@ use torpor_demo::templates::Templates;
 use torpor_demo::watch::Watch;
 use torpor_sandbox::host::Host;
 
-/// Two templates, three stages for each of two arms, the series, and the baseline's two.
-const STAGES: u64 = 2 + 2 * 3 + Mode::ALL.len() as u64 + 2;
+/// Three templates, three stages for each of two arms, the series, and the baseline's two.
+const STAGES: u64 = 3 + 2 * 3 + Mode::ALL.len() as u64 + 2;
 
 /// Measure torpor against its targets, and against QEMU's own way.
 #[derive(Debug, Parser)]
