@@ -33,7 +33,7 @@ const RELEASE_BYTES_MAX: usize = 64;
 const ENTRY_BYTES: std::ops::RangeInclusive<u64> = 56..=96;
 /// Sizes of a memory section, as a power of two: 27 on every x86-64 kernel. The lower limit bounds the
 /// number of sections per GiB.
-const SECTION_BITS: std::ops::RangeInclusive<u64> = 24..=34;
+const SECTION_BITS: std::ops::RangeInclusive<u64> = 27..=34;
 
 /// Where the guest says its crash note lies: the text of `/sys/kernel/vmcoreinfo`, parsed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -270,10 +270,9 @@ impl<'a> Lines<'a> {
         }
         let key = "NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)";
         let buddy = needed(key, self.page_type(key)?)?;
-        let key = "NUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)";
-        let offline = self.page_type(key)?;
+        let offline = self.page_type("NUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)")?;
         if offline == Some(buddy) {
-            let what = "the same as of a free page";
+            let what = "the same as an offline page's";
             return Err(AnatomyError::KeyValue { key, what });
         }
         let slab_type = self.page_type("NUMBER(PAGE_SLAB_MAPCOUNT_VALUE)")?;
