@@ -22,7 +22,9 @@
 //! are not found, which only costs room. Offline pages (`PageOffline`: a balloon's) belong to a driver
 //! that has given up their content (`include/linux/page-flags.h`). All that holds for one instant: find
 //! the kernel anew at each stop, carry no verdict over, and give free pages back **as zeroes**
-//! (`init_on_free=1` relies on that; see [`refusal`]).
+//! (`init_on_free=1` relies on that; see [`refusal`]). And it holds for the kernel that runs: after a
+//! kexec inside the guest the old kernel's note may still be readable, so the note's place must be
+//! asked again of a guest that has booted again.
 //!
 //! Of the order beside the mark: the kernel writes the order first, then the mark, with plain stores
 //! that a compiler may swap. A guest stopped between the two would show an old order: zero, which claims
@@ -36,7 +38,7 @@
 //! | step | reads of guest memory | bytes |
 //! |---|---|---|
 //! | `find` | 64 for each GiB begun and each range of RAM | 4 KiB each |
-//! | `free_pages`, `census` | 2,048 for each GiB begun, and one for each range | the array's, each byte at most once: 16 MiB per GiB of RAM, 24 with the largest entries |
+//! | `free_pages`, `census` | 2,048 for each GiB begun, and 4 for each range | the array's, each byte at most once: 16 MiB per GiB of RAM, 24 with the largest entries |
 //!
 //! The array may lie in 64 places, and 64 more for each GiB begun; a kernel that maps it page by page
 //! in many places (hugetlb's vmemmap optimisation) is refused as well, because a read may mean a

@@ -99,7 +99,7 @@ pub(crate) struct SectionLayout {
 /// Reads the note and what it says.
 pub(crate) fn read(ram: &Ram<'_>, location: NoteLocation) -> Result<KernelNote, AnatomyError> {
     let addr = location.addr;
-    let room = usize::try_from(ram.bytes_from(addr).min(NOTE_BYTES_MAX)).unwrap_or(0);
+    let room = usize::try_from(ram.bytes_from(addr, NOTE_BYTES_MAX)).unwrap_or(0);
     let mut bytes = vec![0; room.max(TEXT_OFFSET)];
     ram.read("crash note", addr, &mut bytes)?;
     let text = text_of(&bytes).map_err(|what| AnatomyError::NotANote { addr, what })?;

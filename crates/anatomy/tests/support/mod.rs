@@ -71,10 +71,16 @@ impl PhysicalMemory for Sparse {
 
 impl Sparse {
     pub fn write(&mut self, addr: u64, bytes: &[u8]) {
-        for (at, byte) in (addr..).zip(bytes) {
+        let mut at = addr;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let offset = usize::try_from(at % PAGE).unwrap();
+            let (now, later) = rest.split_at(rest.len().min(4096 - offset));
             let page = self.pages.entry(at / PAGE);
             let page = page.or_insert_with(|| Box::new([0; 4096]));
-            page[usize::try_from(at % PAGE).unwrap()] = *byte;
+            page[offset..offset + now.len()].copy_from_slice(now);
+            at += now.len() as u64;
+            rest = later;
         }
     }
 
@@ -86,11 +92,6 @@ impl Sparse {
         let mut bytes = [0; 8];
         self.read(addr, &mut bytes).unwrap();
         u64::from_le_bytes(bytes)
-    }
-
-    /// Page frame numbers of what was written.
-    pub fn written(&self) -> Vec<u64> {
-        self.pages.keys().copied().collect()
     }
 }
 
