@@ -38,7 +38,7 @@
 //! | step | reads of guest memory | bytes |
 //! |---|---|---|
 //! | `find` | 64 for each GiB begun and each range of RAM | 4 KiB each |
-//! | `free_pages`, `census` | 2,048 for each GiB begun, and 4 for each range | the array's, each byte at most once: 16 MiB per GiB of RAM, 24 with the largest entries |
+//! | `free_pages`, `census` | 1,536 for each GiB begun, and 4 for each range | the array's, each byte at most once: 16 MiB for each GiB |
 //!
 //! The array may lie in 64 places, and 64 more for each GiB begun; a kernel that maps it page by page
 //! in many places (hugetlb's vmemmap optimisation) is refused as well, because a read may mean a

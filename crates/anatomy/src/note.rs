@@ -28,9 +28,10 @@ const NAME: &[u8] = b"VMCOREINFO\0";
 const TEXT_OFFSET: usize = 24;
 /// Longest kernel release (bytes): `__NEW_UTS_LEN` in `include/uapi/linux/utsname.h`.
 const RELEASE_BYTES_MAX: usize = 64;
-/// Sizes of `struct page` (bytes): 56 to 64 in any usual kernel, up to 96 with fields for debugging.
-/// The upper limit bounds the array, and so the work.
-const ENTRY_BYTES: std::ops::RangeInclusive<u64> = 56..=96;
+/// Sizes of `struct page` (bytes): 64 in every usual x86-64 kernel, 56 without memory cgroups. Larger ones
+/// are those of KMSAN, which must not be scanned anyway. The upper limit bounds the array, and so the
+/// work: no line of the note can make it larger than an honest guest's.
+const ENTRY_BYTES: std::ops::RangeInclusive<u64> = 56..=64;
 /// Sizes of a memory section, as a power of two: 27 on every x86-64 kernel. The lower limit bounds the
 /// number of sections per GiB.
 const SECTION_BITS: std::ops::RangeInclusive<u64> = 27..=34;

@@ -157,7 +157,7 @@ fn shapes() -> impl Strategy<Value = Shape> {
         Just(vec![range(0, 192 * MIB), range(4 * GIB, 64 * MIB)]),
     ];
     let leaves = prop_oneof![Just(Leaves::Gib1), Just(Leaves::Mib2), Just(Leaves::Kib4)];
-    let entry_bytes = prop_oneof![4 => Just(64_u64), 1 => Just(56), 1 => Just(80), 1 => Just(96)];
+    let entry_bytes = prop_oneof![3 => Just(64_u64), 1 => Just(56)];
     let style = prop_oneof![Just(Style::V6_1), Just(Style::V6_12)];
     let slides = (0_u64..400, 0_u64..1000);
     (
