@@ -171,7 +171,7 @@ fn segments(
     while offset < len_bytes {
         let mapped = tables.translate(WHAT, vaddr.wrapping_add(offset))?;
         let here = mapped.len_bytes.min(len_bytes - offset);
-        if ram.bytes_from(mapped.addr) < here {
+        if ram.bytes_from(mapped.addr, here) < here {
             return Err(AnatomyError::OutsideRam {
                 what: WHAT,
                 addr: mapped.addr,

@@ -89,17 +89,21 @@ impl<'a> Ram<'a> {
         self.reads.get()
     }
 
-    /// How many bytes of RAM there are from `addr` on without a gap; 0 if it is not in RAM.
-    pub(crate) fn bytes_from(&self, addr: u64) -> u64 {
-        let first = self.ranges.partition_point(|r| r.end() <= addr);
+    /// How many bytes of RAM there are from `addr` on without a gap, up to `max`; 0 if it is not in RAM.
+    pub(crate) fn bytes_from(&self, addr: u64, max: u64) -> u64 {
         let mut end = addr;
-        for range in &self.ranges[first..] {
-            if range.addr > end {
+        for range in self.from(addr) {
+            if range.addr > end || end - addr >= max {
                 break;
             }
             end = range.end();
         }
-        end - addr
+        (end - addr).min(max)
+    }
+
+    /// The ranges that end behind `addr`.
+    fn from(&self, addr: u64) -> &'a [RamRange] {
+        &self.ranges[self.ranges.partition_point(|r| r.end() <= addr)..]
     }
 
     /// Reads what lies wholly in RAM, and refuses anything else.
@@ -110,7 +114,7 @@ impl<'a> Ram<'a> {
         buf: &mut [u8],
     ) -> Result<(), AnatomyError> {
         let len_bytes = buf.len() as u64;
-        if self.bytes_from(addr) < len_bytes {
+        if self.bytes_from(addr, len_bytes) < len_bytes {
             return Err(AnatomyError::OutsideRam {
                 what,
                 addr,
@@ -120,7 +124,7 @@ impl<'a> Ram<'a> {
         let mut at = addr;
         let mut rest = buf;
         // One round, unless two ranges touch: the caller is asked inside a single one.
-        for range in &self.ranges[self.ranges.partition_point(|r| r.end() <= addr)..] {
+        for range in self.from(addr) {
             if rest.is_empty() {
                 break;
             }

@@ -28,12 +28,13 @@ const NAME: &[u8] = b"VMCOREINFO\0";
 const TEXT_OFFSET: usize = 24;
 /// Longest kernel release (bytes): `__NEW_UTS_LEN` in `include/uapi/linux/utsname.h`.
 const RELEASE_BYTES_MAX: usize = 64;
-/// Sizes of `struct page` (bytes): 56 to 64 in any usual kernel, up to 96 with fields for debugging.
-/// The upper limit bounds the array, and so the work.
-const ENTRY_BYTES: std::ops::RangeInclusive<u64> = 56..=96;
+/// Sizes of `struct page` (bytes): 64 in every usual x86-64 kernel, 56 without memory cgroups. Larger ones
+/// are those of KMSAN, which must not be scanned anyway. The upper limit bounds the array, and so the
+/// work: no line of the note can make it larger than an honest guest's.
+const ENTRY_BYTES: std::ops::RangeInclusive<u64> = 56..=64;
 /// Sizes of a memory section, as a power of two: 27 on every x86-64 kernel. The lower limit bounds the
 /// number of sections per GiB.
-const SECTION_BITS: std::ops::RangeInclusive<u64> = 24..=34;
+const SECTION_BITS: std::ops::RangeInclusive<u64> = 27..=34;
 
 /// Where the guest says its crash note lies: the text of `/sys/kernel/vmcoreinfo`, parsed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,7 +100,7 @@ pub(crate) struct SectionLayout {
 /// Reads the note and what it says.
 pub(crate) fn read(ram: &Ram<'_>, location: NoteLocation) -> Result<KernelNote, AnatomyError> {
     let addr = location.addr;
-    let room = usize::try_from(ram.bytes_from(addr).min(NOTE_BYTES_MAX)).unwrap_or(0);
+    let room = usize::try_from(ram.bytes_from(addr, NOTE_BYTES_MAX)).unwrap_or(0);
     let mut bytes = vec![0; room.max(TEXT_OFFSET)];
     ram.read("crash note", addr, &mut bytes)?;
     let text = text_of(&bytes).map_err(|what| AnatomyError::NotANote { addr, what })?;
@@ -270,10 +271,9 @@ impl<'a> Lines<'a> {
         }
         let key = "NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)";
         let buddy = needed(key, self.page_type(key)?)?;
-        let key = "NUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)";
-        let offline = self.page_type(key)?;
+        let offline = self.page_type("NUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)")?;
         if offline == Some(buddy) {
-            let what = "the same as of a free page";
+            let what = "the same as an offline page's";
             return Err(AnatomyError::KeyValue { key, what });
         }
         let slab_type = self.page_type("NUMBER(PAGE_SLAB_MAPCOUNT_VALUE)")?;
