@@ -13,7 +13,8 @@ use torpor_build::{
 };
 
 const IMAGE_PAGES: u64 = 131_072;
-const PUSH_PAGES: u64 = 256;
+/// Captured memory comes in long runs.
+const PUSH_PAGES: u64 = 2048;
 const READS: u64 = 20_000;
 /// 225 MB, as the Debian base image has.
 const BASE_IMAGE_BLOCKS: usize = 55_000;
@@ -53,7 +54,7 @@ fn write(
         writer.refer_to(Arc::clone(base_image))?;
     }
     let chunk_bytes = usize::try_from(PUSH_PAGES).unwrap_or(1) * PAGE_SIZE;
-    for (first, chunk) in (0..).step_by(256).zip(bytes.chunks(chunk_bytes)) {
+    for (first, chunk) in (0..).step_by(2048).zip(bytes.chunks(chunk_bytes)) {
         writer.push(first, PUSH_PAGES, PageContent::Data(chunk))?;
     }
     let summary = writer.finish()?;

@@ -20,6 +20,8 @@ const PIECE_PAGES: usize = 64;
 /// Pages compared with the parent's at a time: where one of its frames cannot be read, few pages
 /// must be stored that might have been the same.
 const COMPARE_PAGES: u64 = FRAME_PAGES as u64;
+/// Bytes for which one more thread is worth its start, on a busy machine too (1 MiB).
+const THREAD_BYTES_MIN: usize = 1 << 20;
 const PIECE_BYTES: usize = PIECE_PAGES * PAGE_SIZE;
 
 /// What a page of data is; the first that fits.
@@ -56,6 +58,7 @@ impl Classifier<'_> {
     /// Looks at pages of the image from `first_page` on.
     pub(crate) fn classify(&self, threads: usize, first_page: u64, bytes: &[u8]) -> Classified {
         let pieces: Vec<_> = bytes.chunks(PIECE_BYTES).collect();
+        let threads = threads.min(bytes.len() / THREAD_BYTES_MIN);
         let done = in_parallel(threads, pieces.len(), |piece| {
             self.classify_piece(first_page + (piece * PIECE_PAGES) as u64, pieces[piece])
         });

@@ -154,14 +154,10 @@ impl LayerWriter {
     /// build's base image, become references to it.
     ///
     /// # Errors
-    /// [`Error::BaseImageMismatch`] if the parent's pages refer to another one.
+    /// [`Error::BaseImageMismatch`] if pages, the parent's or this image's, refer to another one.
     pub fn refer_to(&mut self, base_image: Arc<BaseImage>) -> Result<()> {
-        let of_parent = self
-            .parent
-            .as_ref()
-            .and_then(|parent| parent.referred_image());
         let found = base_image.digest();
-        if let Some(referred) = of_parent.filter(|digest| *digest != found) {
+        if let Some(referred) = self.referred_image().filter(|digest| *digest != found) {
             return Err(Error::BaseImageMismatch {
                 id: self.build,
                 image: self.kind.as_str(),
@@ -171,6 +167,12 @@ impl LayerWriter {
         }
         self.base_image = Some(base_image);
         Ok(())
+    }
+
+    /// The base image that its pages may refer to by now.
+    fn referred_image(&self) -> Option<Digest> {
+        let own = self.base_image.as_ref().map(|image| image.digest());
+        own.or_else(|| self.parent.as_ref().and_then(|p| p.referred_image()))
     }
 
     /// Adds the next pages.
@@ -242,6 +244,7 @@ impl LayerWriter {
                 len_pages,
             });
         }
+        let referred_image = self.referred_image();
         if !self.frame.is_empty() {
             self.data.push(std::mem::take(&mut self.frame))?;
         }
@@ -254,13 +257,10 @@ impl LayerWriter {
         self.files
             .finished(self.kind.index_file(), file, index_record);
         let counts = index.counts();
-        let own = self.base_image.map(|image| image.digest());
-        let of_parent = self.parent.as_ref().and_then(|p| p.referred_image());
         let image = StagedImage {
             kind: self.kind,
             parent: self.parent.as_ref().map(|parent| parent.build().id()),
-            // Its own and the parent's are the same, where there are both.
-            base_image: own.or(of_parent).filter(|_| counts.base_image > 0),
+            base_image: referred_image.filter(|_| counts.base_image > 0),
         };
         self.files.image(image, index.layers());
         Ok(LayerSummary {

@@ -318,6 +318,8 @@ fn references_to_another_base_image_than_the_builds_are_refused() {
         .image_writer(ImageKind::Memory, 1, Some(reader))
         .unwrap();
     mismatch(writer.refer_to(Arc::clone(&other)).unwrap_err());
+    writer.refer_to(Arc::clone(&image)).unwrap();
+    mismatch(writer.refer_to(Arc::clone(&other)).unwrap_err());
     // The parent's references, and no base image or another one in the manifest.
     writer.push(0, 1, PageContent::Parent).unwrap();
     writer.finish().unwrap();
