@@ -106,6 +106,7 @@ async fn build(host: &Host, kind: Kind, watch: &Watch) -> Result<BuildId> {
         vcpus: 1,
         network: false,
         kernel: DEFAULT_KERNEL.to_owned(),
+        kernel_args: String::new(),
         rootfs: None,
         template: Some(name.clone()),
         progress: watch.progress(kind.name()),

@@ -29,6 +29,8 @@ pub struct BootRequest {
     pub network: bool,
     /// The kernel series.
     pub kernel: String,
+    /// More words for the kernel's command line.
+    pub kernel_args: String,
     /// The root file system instead of the set-up's: a directory, a tar archive or an ext4 image.
     pub rootfs: Option<PathBuf>,
     /// The template that it becomes; flags are asked for it.
@@ -60,7 +62,7 @@ pub async fn boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartErr
     let source = BootSource {
         kernel: storage.kernel_path(&spec.kernel)?,
         initramfs: Some(initramfs.clone()),
-        extra_cmdline: String::new(),
+        extra_cmdline: request.kernel_args.clone(),
     };
     spec.cmdline = qemu::kernel_command_line(&machine, &source)?;
     let console = run_dir.path().join(CONSOLE_FILE);

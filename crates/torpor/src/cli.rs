@@ -187,7 +187,7 @@ pub(crate) struct CreateBuildArgs {
     pub(crate) template: Name,
 
     /// Put a layer on top of this build (an id or a template's name) instead of booting
-    #[arg(long, value_name = "ID", conflicts_with_all = ["memory", "vcpu", "disk", "rootfs", "kernel", "network"])]
+    #[arg(long, value_name = "ID", conflicts_with_all = ["memory", "vcpu", "disk", "rootfs", "kernel", "kernel_args", "network"])]
     pub(crate) from_build: Option<String>,
 
     /// The guest's memory
@@ -211,6 +211,16 @@ pub(crate) struct CreateBuildArgs {
     /// [default: the one that `make setup` chose]
     #[arg(long, value_name = "SERIES", default_value = torpor_sandbox::assets::DEFAULT_KERNEL, hide_default_value = true)]
     pub(crate) kernel: String,
+
+    /// More words for the guest kernel's command line; torpor's own come first
+    #[arg(
+        long,
+        value_name = "ARGS",
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    pub(crate) kernel_args: String,
 
     /// Give the guest a network: connections out, none in
     #[arg(long)]

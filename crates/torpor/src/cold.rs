@@ -13,12 +13,10 @@ use crate::error::CliError;
 /// The kernel only drops what has been written to the disk, so each file is synced first.
 pub(crate) fn drop_host_cache(build: &Build) -> Result<(), CliError> {
     for path in files(build)? {
-        drop_file(&path).map_err(|source| {
-            CliError::Build(torpor_build::Error::Io {
-                action: "drop the host's cache of",
-                path,
-                source,
-            })
+        drop_file(&path).map_err(|source| torpor_build::Error::Io {
+            action: "drop the host's cache of",
+            path,
+            source,
         })?;
     }
     Ok(())

@@ -76,6 +76,7 @@ async fn start(
         vcpus: args.vcpu,
         network: args.network,
         kernel: args.kernel.clone(),
+        kernel_args: args.kernel_args.clone(),
         rootfs: args.rootfs.clone(),
         template: Some(args.template.clone()),
         progress,
@@ -97,7 +98,10 @@ async fn give_name(
         let replaced = storage.resolve(name.as_str()).ok();
         match storage.set_template(&name, &id) {
             Ok(()) => Ok(replaced),
-            Err(source) => Err(CliError::NotNamed { name, source }),
+            Err(source) => Err(CliError::NotNamed {
+                name,
+                source: Box::new(source),
+            }),
         }
     })
     .await?;

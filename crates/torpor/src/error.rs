@@ -31,11 +31,11 @@ pub(crate) enum CliError {
     #[error("the {role} {} does not exist", path.display())]
     NoFile { role: &'static str, path: PathBuf },
     #[error(transparent)]
-    Build(#[from] BuildError),
+    Build(Box<BuildError>),
     #[error(transparent)]
     Start(Box<StartError>),
     #[error(transparent)]
-    Inspect(#[from] InspectError),
+    Inspect(Box<InspectError>),
     #[error("the guest fails: {0}")]
     Guest(#[source] Box<GuestError>),
     #[error(
@@ -74,12 +74,12 @@ pub(crate) enum CliError {
     )]
     NotReady { waited_s: u64, last: String },
     #[error("template {name} was not given the new build: {source}; that build was deleted again")]
-    NotNamed { name: Name, source: BuildError },
+    NotNamed { name: Name, source: Box<BuildError> },
     #[error("{problems} problem(s) found in build {build}; the first: {first}")]
     Damaged {
         build: BuildId,
         problems: usize,
-        first: BuildError,
+        first: Box<BuildError>,
     },
     #[error("this host cannot run the main job yet: {0}")]
     HostNotReady(String),
@@ -144,10 +144,10 @@ impl CliError {
         match self {
             Self::Usage(_) => USAGE,
             Self::NoFile { .. } => NOT_FOUND,
-            Self::Build(error) | Self::NotNamed { source: error, .. } => of_build(error),
+            Self::Build(error) => of_build(error),
+            Self::NotNamed { source, .. } => of_build(source),
             Self::Start(error) => of_start(error),
-            Self::Inspect(InspectError::Build(error)) => of_build(error),
-            Self::Inspect(InspectError::NotRunning { .. }) => NOT_FOUND,
+            Self::Inspect(error) => of_inspection(error),
             Self::NotPaused { source, .. } => match &**source {
                 StepError::Build(error) => of_build(error),
                 _ => FAILED,
@@ -156,7 +156,6 @@ impl CliError {
             Self::Command { .. } | Self::NotReady { .. } => COMMAND_FAILED,
             Self::Interrupted { .. } => INTERRUPTED,
             Self::Guest(_)
-            | Self::Inspect(_)
             | Self::InputLost { .. }
             | Self::Damaged { .. }
             | Self::HostNotReady(_)
@@ -182,6 +181,14 @@ fn of_build(error: &BuildError) -> u8 {
     }
 }
 
+fn of_inspection(error: &InspectError) -> u8 {
+    match error {
+        InspectError::Build(error) => of_build(error),
+        InspectError::NotRunning { .. } => NOT_FOUND,
+        _ => FAILED,
+    }
+}
+
 fn of_start(error: &StartError) -> u8 {
     match error {
         StartError::Build(error) => of_build(error),
@@ -198,6 +205,18 @@ pub(crate) fn named_file(role: &'static str, path: Option<&Path>) -> Result<(), 
             path: path.to_owned(),
         }),
         _ => Ok(()),
+    }
+}
+
+impl From<BuildError> for CliError {
+    fn from(error: BuildError) -> Self {
+        Self::Build(Box::new(error))
+    }
+}
+
+impl From<InspectError> for CliError {
+    fn from(error: InspectError) -> Self {
+        Self::Inspect(Box::new(error))
     }
 }
 

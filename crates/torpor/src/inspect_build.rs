@@ -98,7 +98,7 @@ fn damaged(build: BuildId, problems: Vec<torpor_build::Error>) -> Option<CliErro
     problems.into_iter().next().map(|first| CliError::Damaged {
         build,
         problems: count,
-        first,
+        first: Box::new(first),
     })
 }
 

@@ -72,3 +72,12 @@ pub struct Churned {
     /// What was not as it should be.
     pub damaged: u64,
 }
+
+/// What the guest's kernel itself says is free.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreePages {
+    /// Runs of page frame numbers, sorted: the first and how many.
+    pub runs: Vec<(u64, u64)>,
+    /// `MemFree` of `/proc/meminfo`, in KiB.
+    pub mem_free_kib: u64,
+}

@@ -1,8 +1,10 @@
 //! The demo's workload. `torpor-workload run DIR CACHE_MIB FREED_MIB KEPT_MIB` does the work and
 //! then answers commands; `torpor-workload count FILE` is the process that goes on counting;
-//! `torpor-workload churn DIR` uses, frees and verifies memory until it is told to stop.
+//! `torpor-workload churn DIR` uses, frees and verifies memory until it is told to stop;
+//! `torpor-workload free-pages` says which pages the kernel calls free, each time it is asked.
 
 mod churn;
+mod free_pages;
 
 use std::fs::File;
 use std::io::{self, BufRead, Read, Write};
@@ -31,8 +33,9 @@ fn main() -> ExitCode {
         }
         ["count", file] => count(Path::new(file)),
         ["churn", dir] => churn::run(Path::new(dir)),
+        ["free-pages"] => free_pages::run(),
         _ => Err(io::Error::other(
-            "usage: torpor-workload run DIR CACHE_MIB FREED_MIB KEPT_MIB | count FILE | churn DIR",
+            "usage: torpor-workload run DIR CACHE_MIB FREED_MIB KEPT_MIB | count FILE | churn DIR | free-pages",
         )),
     };
     match done {

@@ -107,6 +107,7 @@ pub(crate) fn boot_request(template: &str) -> BootRequest {
         vcpus: 1,
         network: false,
         kernel: DEFAULT_KERNEL.to_owned(),
+        kernel_args: String::new(),
         rootfs: None,
         template: Some(template.parse().unwrap()),
         progress: Progress::silent(),
@@ -251,7 +252,7 @@ impl CopiedStorage {
             ..HostOptions::default()
         };
         let copied = Host::open(options).await.unwrap();
-        for folder in ["images", "kernels"] {
+        for folder in ["images", "block-indexes", "kernels"] {
             for entry in std::fs::read_dir(host.storage().root().join(folder)).unwrap() {
                 let entry = entry.unwrap();
                 let to = dir.path().join(folder).join(entry.file_name());

@@ -1,0 +1,360 @@
+//! The free-page scan on real guests: against the guest's own page flags, and where it must not be
+//! used.
+
+#![allow(missing_docs, reason = "a test program has no interface")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::time::Duration;
+
+use common::*;
+use torpor_build::PAGE_SIZE;
+use torpor_guest::{Command, Process, Selector};
+use torpor_sandbox::Sandbox;
+use torpor_sandbox::boot::{BootRequest, boot};
+use torpor_sandbox::flags::PauseFlags;
+use torpor_sandbox::host::Host;
+use torpor_sandbox::resume::{ResumeOptions, resume};
+use torpor_workload::{CHECK_COMMAND, FreePages};
+
+const SETTLE_MAX: Duration = Duration::from_secs(10);
+/// An emulated guest with 6 GiB reads two million flags.
+const ANSWER_MAX: Duration = Duration::from_secs(120);
+const GUEST_PROGRAM: &str = "/usr/local/bin/torpor-workload";
+const TAG: &str = "free-pages";
+/// Pages that may have come and gone between the two looks and the stop between them, though both
+/// looks saw them alike: the guest is quiet, but it answers us.
+const RESTLESS_PAGES_MAX: u64 = 64;
+/// What per-CPU lists may hold of pages that `MemFree` counts or does not count: their batches, and
+/// the counters' own slack.
+const PER_CPU_PAGES_MAX: u64 = 1024;
+
+/// The guests of a kernel: processors and memory. The last one has memory above the 4 GiB hole.
+const GUESTS: [(u32, u64); 4] = [(1, 256 << 20), (4, 512 << 20), (1, 1 << 30), (4, 6 << 30)];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_scan_finds_exactly_the_pages_that_the_guest_calls_free() {
+    let host = host().await;
+    for kernel in kernels() {
+        for (vcpus, memory_bytes) in GUESTS {
+            let request = BootRequest {
+                kernel: kernel.clone(),
+                vcpus,
+                memory_bytes,
+                ..boot_request("scan")
+            };
+            let what = format!("Linux {kernel}, {vcpus} vCPUs, {} MiB", memory_bytes >> 20);
+            let sandbox = boot(&host, request).await.unwrap();
+            agrees_with_its_guest(&host, &sandbox, &what).await;
+            sandbox.end().await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_scan_of_a_lazily_resumed_guest_is_exact_and_brings_nothing_in() {
+    let host = host().await;
+    let mut cleanup = Cleanup(host.storage(), Vec::new());
+    for kernel in kernels() {
+        let request = BootRequest {
+            kernel: kernel.clone(),
+            ..boot_request("scan")
+        };
+        let sandbox = boot(&host, request).await.unwrap();
+        upload(&sandbox, &workload(), GUEST_PROGRAM).await;
+        let paused = pause_into_new(sandbox, &host, PauseFlags::default()).await;
+        cleanup.1.push(paused.build.id());
+        let options = ResumeOptions {
+            no_prefetch: true,
+            ..ResumeOptions::default()
+        };
+        let (sandbox, _) = resume(&host, &paused.build.id(), &options).await.unwrap();
+
+        sandbox.vmm().stop_vcpus().await.unwrap();
+        let memory = File::from(sandbox.vmm().memory().unwrap().memfd);
+        let present = || std::os::unix::fs::MetadataExt::blocks(&memory.metadata().unwrap());
+        // Settle once: what is under way comes in with it, not with the scan.
+        sandbox
+            .find_free_pages(host.storage(), SETTLE_MAX)
+            .await
+            .unwrap();
+        let before = (present(), sandbox.pager_stats().unwrap().pages_copied);
+        let found = sandbox.find_free_pages(host.storage(), SETTLE_MAX).await;
+        assert_eq!(found.unwrap().0.why_not(), None);
+        assert_eq!(
+            before,
+            (present(), sandbox.pager_stats().unwrap().pages_copied)
+        );
+        let present_pages = before.0 * 512 / PAGE_SIZE as u64;
+        let all_pages = GUEST_MEMORY_BYTES / PAGE_SIZE as u64;
+        println!("Linux {kernel}: scanned with {present_pages} of {all_pages} pages present");
+        assert!(present_pages * 10 < all_pages, "it is to be nearly empty");
+        sandbox.vmm().resume_vcpus().await.unwrap();
+
+        agrees_with_its_guest(&host, &sandbox, &format!("Linux {kernel}, resumed")).await;
+        sandbox.end().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_that_zeroes_what_it_frees_is_scanned() {
+    let host = host().await;
+    let mut cleanup = Cleanup(host.storage(), Vec::new());
+    for kernel in kernels() {
+        let request = BootRequest {
+            kernel: kernel.clone(),
+            kernel_args: "init_on_free=1".to_owned(),
+            ..boot_request("scan")
+        };
+        let sandbox = boot(&host, request).await.unwrap();
+        sh(&sandbox, "dmesg | grep -q 'heap free:on'").await;
+        let paused = pause_into_new(sandbox, &host, PauseFlags::default()).await;
+        cleanup.1.push(paused.build.id());
+        let scan = paused.report.scan.unwrap();
+        assert_eq!(scan.why_not(), None);
+        assert_eq!(
+            paused.report.memory.pages.free,
+            scan.free_pages + scan.balloon_pages
+        );
+        let (sandbox, _) = resume_build(&host, &paused.build.id()).await;
+        // It takes what it believes to be zero already, and does not clear it again.
+        sh(
+            &sandbox,
+            "python3 -c 'x = bytearray(64 << 20); assert not any(x)'; \
+             ! dmesg | grep -E 'BUG|Oops|Bad page|corrupt'",
+        )
+        .await;
+        sandbox.end().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_that_checks_its_free_pages_is_not_scanned() {
+    let host = host().await;
+    for (args, reason) in [
+        ("page_poison=1", "page_poison"),
+        ("debug_pagealloc=on", "debug_pagealloc"),
+    ] {
+        let request = BootRequest {
+            kernel_args: args.to_owned(),
+            ..boot_request("scan")
+        };
+        let sandbox = boot(&host, request).await.unwrap();
+        let paused = pause_into_new(sandbox, &host, PauseFlags::default()).await;
+        let _cleanup = Cleanup(host.storage(), vec![paused.build.id()]);
+        not_scanned(&paused.report, reason);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_of_a_doctored_or_unknown_configuration_is_not_scanned() {
+    let host = host().await;
+    let template = template(&host).await;
+    let copy = CopiedStorage::of(&host, &[template]).await;
+    let kernel = host.storage().open_build(&template).unwrap();
+    let kernel = kernel.manifest().info.kernel.unwrap();
+    let config = copy.host.storage().kernel_config_path(&kernel).unwrap();
+    let text = std::fs::read_to_string(&config).unwrap();
+    let doctored = [
+        (Some("CONFIG_KASAN=y"), "KASAN"),
+        (
+            Some("CONFIG_DEBUG_PAGEALLOC_ENABLE_DEFAULT=y"),
+            "debug_pagealloc",
+        ),
+        (None, "unknown"),
+    ];
+    for (line, reason) in doctored {
+        // Not in place: the file is shared with the storage that it was copied from.
+        std::fs::remove_file(&config).unwrap();
+        if let Some(line) = line {
+            std::fs::write(&config, format!("{text}\n{line}\n")).unwrap();
+        }
+        let (sandbox, _) = resume_build(&copy.host, &template).await;
+        let paused = pause_into_new(sandbox, &copy.host, PauseFlags::default()).await;
+        not_scanned(&paused.report, reason);
+        std::fs::write(&config, &text).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_rewrites_its_note_is_paused_without_a_scan_and_goes_on() {
+    let host = host().await;
+    let template = template(&host).await;
+    let (sandbox, _) = resume_build(&host, &template).await;
+    let told = sh(&sandbox, "cat /sys/kernel/vmcoreinfo").await;
+    let (addr, _) = told.split_once(' ').unwrap();
+    let addr = u64::from_str_radix(addr.trim_start_matches("0x"), 16).unwrap();
+    sandbox.vmm().stop_vcpus().await.unwrap();
+    let memory = File::from(sandbox.vmm().memory().unwrap().memfd);
+    memory.write_all_at(&[b'?'; 3 * PAGE_SIZE], addr).unwrap();
+    sandbox.vmm().resume_vcpus().await.unwrap();
+    let paused = pause_into_new(sandbox, &host, PauseFlags::default()).await;
+    let _cleanup = Cleanup(host.storage(), vec![paused.build.id()]);
+    not_scanned(&paused.report, "note");
+    let (sandbox, _) = resume_build(&host, &paused.build.id()).await;
+    assert_eq!(sh(&sandbox, "echo still here").await, "still here");
+    sandbox.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_asks_its_flags_whether_to_scan_and_to_refer() {
+    let host = host().await;
+    let template = template(&host).await;
+    let flags = PauseFlags {
+        free_page_scan: false,
+        disk_references: false,
+        ..PauseFlags::default()
+    };
+    let (sandbox, _) = resume_build(&host, &template).await;
+    sh(&sandbox, READ_FILES).await;
+    let without = pause_into_new(sandbox, &host, flags).await;
+    let (sandbox, _) = resume_build(&host, &template).await;
+    sh(&sandbox, READ_FILES).await;
+    let with = pause_into_new(sandbox, &host, PauseFlags::default()).await;
+    let _cleanup = Cleanup(host.storage(), vec![without.build.id(), with.build.id()]);
+    assert_eq!(without.report.scan, None);
+    assert_eq!(without.report.memory.base_image_pages, 0);
+    let (without, with) = (&without.report.memory, &with.report.memory);
+    assert!(with.base_image_pages > 1000, "{}", with.base_image_pages);
+    assert!(
+        with.stored_pages * 2 < without.stored_pages,
+        "{with:?} {without:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_cache_that_is_stored_as_references_is_warm_and_right_after_the_resume() {
+    let host = host().await;
+    let template = template(&host).await;
+    let (sandbox, _) = resume_build(&host, &template).await;
+    let sum = format!("{READ_FILES} | sha256sum");
+    let before = sh(&sandbox, &sum).await;
+    let paused = pause_into_new(sandbox, &host, PauseFlags::default()).await;
+    let _cleanup = Cleanup(host.storage(), vec![paused.build.id()]);
+    assert!(paused.report.memory.base_image_pages > 1000);
+    let (sandbox, _) = resume_build(&host, &paused.build.id()).await;
+    let read_sectors = "awk '$3 == \"vda\" {print $6}' /proc/diskstats";
+    let disk_before = sh(&sandbox, read_sectors).await;
+    assert_eq!(
+        sh(&sandbox, &sum).await,
+        before,
+        "out of the restored page cache"
+    );
+    let disk_after = sh(&sandbox, read_sectors).await;
+    let read: u64 = disk_after.parse::<u64>().unwrap() - disk_before.parse::<u64>().unwrap();
+    assert!(
+        read < 2048,
+        "{read} sectors were read again: the cache is not warm"
+    );
+    sh(&sandbox, "echo 3 > /proc/sys/vm/drop_caches").await;
+    assert_eq!(sh(&sandbox, &sum).await, before, "from the disk");
+    sandbox.end().await;
+}
+
+/// Reads some 20 MiB of the base image's files.
+const READ_FILES: &str = "find /usr/lib/python3* -name '*.py' -type f | sort | xargs cat";
+
+fn not_scanned(report: &torpor_sandbox::pause::report::PauseReport, reason: &str) {
+    let scan = report.scan.as_ref().unwrap();
+    let why = scan.why_not().unwrap();
+    assert!(why.contains(reason), "{why}");
+    assert_eq!(report.memory.pages.free, 0);
+}
+
+/// Two looks of the guest at its own flags, and our scan between them: where both looks agree on a
+/// page, the scan must say the same.
+async fn agrees_with_its_guest(host: &Host, sandbox: &Sandbox, what: &str) {
+    upload(sandbox, &workload(), GUEST_PROGRAM).await;
+    sh(sandbox, "echo 1 > /proc/sys/vm/compact_memory; sleep 1").await;
+    let command = Command::new(GUEST_PROGRAM)
+        .arg("free-pages")
+        .stdin()
+        .tag(TAG);
+    let mut process = sandbox.envd().start(&command, None).await.unwrap();
+    // The first look warms up what looking needs.
+    let _warm: FreePages = line(&mut process, ANSWER_MAX).await;
+    let before = look(sandbox, &mut process).await;
+    sandbox.vmm().stop_vcpus().await.unwrap();
+    let (report, free) = sandbox
+        .find_free_pages(host.storage(), SETTLE_MAX)
+        .await
+        .unwrap();
+    sandbox.vmm().resume_vcpus().await.unwrap();
+    let after = look(sandbox, &mut process).await;
+    assert_eq!(report.why_not(), None, "{what}");
+
+    let pages = sandbox.spec().memory_pages();
+    let ram = sandbox.vmm().ram();
+    let by_scan = marks(pages, free.iter().map(|run| (run.first_page, run.pages)));
+    let place = |look: &FreePages| {
+        let runs = look.runs.iter().flat_map(|&(first, pages)| {
+            ram.iter().filter_map(move |segment| {
+                let (from, until) = (
+                    segment.guest_addr / 4096,
+                    segment.guest_addr / 4096 + segment.len_bytes / 4096,
+                );
+                let (first, end) = (first.max(from), (first + pages).min(until));
+                (first < end).then(|| {
+                    (
+                        segment.guest_offset_bytes / 4096 + first - from,
+                        end - first,
+                    )
+                })
+            })
+        });
+        marks(pages, runs)
+    };
+    let (before_marks, after_marks) = (place(&before), place(&after));
+    let mut wrong = BTreeMap::new();
+    let (mut compared, mut free_pages) = (0_u64, 0_u64);
+    for (page, scanned) in by_scan.iter().enumerate() {
+        if before_marks[page] == after_marks[page] {
+            compared += 1;
+            if scanned != &before_marks[page] {
+                *wrong.entry(*scanned).or_insert(0_u64) += 1;
+            }
+        }
+        free_pages += u64::from(*scanned);
+    }
+    let mem_free = before.mem_free_kib / 4;
+    println!(
+        "{what}: {compared} of {pages} pages compared, differ (free by the scan or not): {wrong:?}; \
+         {free_pages} free, MemFree {mem_free} pages"
+    );
+    assert!(
+        compared * 100 > pages * 98,
+        "{what}: the guest is not quiet: {compared} of {pages}"
+    );
+    assert!(
+        wrong.values().sum::<u64>() <= RESTLESS_PAGES_MAX,
+        "{what}: {wrong:?}"
+    );
+    let per_cpu = PER_CPU_PAGES_MAX * u64::from(sandbox.spec().vcpus);
+    assert!(
+        free_pages.abs_diff(mem_free) <= per_cpu,
+        "{what}: {free_pages} free, MemFree {mem_free}"
+    );
+}
+
+async fn look(sandbox: &Sandbox, process: &mut Process) -> FreePages {
+    let ask = format!("{CHECK_COMMAND}\n");
+    let selector = Selector::Tag(TAG.to_owned());
+    sandbox
+        .envd()
+        .send_input(&selector, ask.as_bytes())
+        .await
+        .unwrap();
+    line(process, ANSWER_MAX).await
+}
+
+fn marks(pages: u64, runs: impl Iterator<Item = (u64, u64)>) -> Vec<bool> {
+    let mut marks = vec![false; pages.try_into().unwrap()];
+    for (first, pages) in runs {
+        let first = usize::try_from(first).unwrap();
+        marks[first..first + usize::try_from(pages).unwrap()].fill(true);
+    }
+    marks
+}
