@@ -31,8 +31,16 @@ pub enum VmmError {
         /// Where.
         searched: String,
     },
-    /// A QEMU that does not say which one it is.
-    #[error("{} does not answer --version as QEMU does: {detail}", path.display())]
+    /// No Firecracker.
+    #[error("no firecracker found ({searched}); {next_step}")]
+    FirecrackerMissing {
+        /// Where it was looked for.
+        searched: String,
+        /// What to do.
+        next_step: &'static str,
+    },
+    /// A VMM that does not say which one it is, or is too old.
+    #[error("{} does not answer --version as its VMM does: {detail}", path.display())]
     BinaryUnusable {
         /// The program.
         path: PathBuf,

@@ -27,13 +27,17 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("torpor runs on x86-64 Linux only: injection and the guest kernel depend on it");
 
+mod console;
 mod error;
+pub mod firecracker;
 mod hold;
 mod host;
 mod inject;
 mod machine;
 mod memory;
+mod process;
 pub mod qemu;
+mod version;
 mod vmm;
 
 pub use error::{IdentityMismatch, InjectError, Result, VmmError};

@@ -8,8 +8,6 @@
 //! |---|---|
 //! | `binary` | which QEMU there is |
 //! | `command_line` | machine → arguments, pure; the device layout |
-//! | `process` | spawn, watch, kill |
-//! | `console` | the bounded log |
 //! | `qmp` | commands with deadlines, descriptors |
 //! | `instance` | process + QMP + memory, and what both kinds of machine ask of them |
 //! | `state` | device state out and in |
@@ -19,11 +17,9 @@
 
 mod binary;
 mod command_line;
-mod console;
 mod drain;
 mod incoming;
 mod instance;
-mod process;
 mod qmp;
 mod ram;
 mod state;

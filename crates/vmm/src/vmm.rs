@@ -124,12 +124,18 @@ impl fmt::Display for VmmExit {
 pub enum DrainOutcome {
     /// The memory that the guest holds has stopped falling.
     Settled,
+    /// The guest has handed over every free page that it was asked for.
+    Done,
     /// It was still falling, or could still fall, when the time ran out.
     CeilingReached,
     /// The ceiling was zero.
     Skipped,
-    /// This machine's balloon does not report free pages.
+    /// This VMM cannot ask for free pages, or this machine's balloon does not report them.
     Unsupported,
+    /// This machine has no balloon.
+    NoBalloon,
+    /// This machine's balloon was installed without hinting.
+    NotArmed,
     /// The balloon would report, but the guest has no driver that does (yet).
     GuestSilent,
     /// The VMM ended, or the memory could not be looked at.
@@ -148,4 +154,8 @@ pub struct DrainReport {
     pub released_bytes: u64,
     /// Host memory that the guest held at the end, in bytes.
     pub held_bytes: u64,
+    /// What the guest gave back meanwhile by the count of whoever serves its page faults, in bytes,
+    /// whether it was present or not; `None` where nobody does.
+    #[serde(default)]
+    pub discarded_bytes: Option<u64>,
 }

@@ -1,24 +1,15 @@
 //! Which QEMU there is.
 
 use std::env;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use crate::error::{Result, VmmError};
 use crate::machine::{Accel, VmmIdentity};
 use crate::qemu::command_line::MACHINE_IDENTITY;
+use crate::version::ask_version;
 
 /// The program's name on every distribution that we know.
 const BINARY_NAME: &str = "qemu-system-x86_64";
-/// How long `--version` may take: it prints a line; a minute is for a host that swaps.
-const VERSION_DEADLINE: Duration = Duration::from_secs(60);
-/// How often we look whether it has ended.
-const VERSION_LOOK_INTERVAL: Duration = Duration::from_millis(5);
-/// The longest `--version` text that we read; QEMU's has about 150 bytes.
-const VERSION_BYTES_MAX: u64 = 4 << 10;
-
 /// A QEMU that was found and has told its version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QemuBinary {
@@ -75,30 +66,6 @@ fn search_path() -> Option<PathBuf> {
     env::split_paths(&env::var_os("PATH")?)
         .map(|dir| dir.join(BINARY_NAME))
         .find(|path| path.is_file())
-}
-
-fn ask_version(path: &Path) -> io::Result<String> {
-    let mut child = Command::new(path)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()?;
-    let deadline = Instant::now() + VERSION_DEADLINE;
-    // Its text fits a pipe's buffer many times over, so that it can end before we read.
-    while child.try_wait()?.is_none() {
-        if Instant::now() >= deadline {
-            child.kill()?;
-            child.wait()?;
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        std::thread::sleep(VERSION_LOOK_INTERVAL);
-    }
-    let mut text = String::new();
-    if let Some(stdout) = child.stdout.take() {
-        stdout.take(VERSION_BYTES_MAX).read_to_string(&mut text)?;
-    }
-    Ok(text)
 }
 
 /// `QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)`

@@ -44,6 +44,7 @@ pub(super) async fn drain(
     discarded: Option<DiscardedBytes<'_>>,
 ) -> DrainReport {
     let started = Instant::now();
+    let discarded_before = discarded.map(|count| count());
     let mut watch = SettleWatch::default();
     let outcome = if ceiling.is_zero() {
         DrainOutcome::Skipped
@@ -61,6 +62,9 @@ pub(super) async fn drain(
         ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         released_bytes: watch.released_bytes,
         held_bytes: allocated_bytes(qemu.memfd()).unwrap_or(0),
+        discarded_bytes: (discarded.map(|count| count()))
+            .zip(discarded_before)
+            .map(|(now, before)| now.saturating_sub(before)),
     }
 }
 

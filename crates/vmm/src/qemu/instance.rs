@@ -5,7 +5,7 @@ use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,14 +16,14 @@ use qapi::qmp::{
 use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::net::UnixStream;
 
+use crate::console::ConsoleLog;
 use crate::error::{Result, VmmError};
 use crate::host::check_room;
 use crate::machine::{BootSource, MachineConfig, VmmIdentity};
 use crate::memory::{GuestMemory, create_memfd, locate};
+use crate::process::{Process, Spawn};
 use crate::qemu::binary::QemuBinary;
 use crate::qemu::command_line::{Start, arguments, inherited};
-use crate::qemu::console::ConsoleLog;
-use crate::qemu::process::{Process, Spawn};
 use crate::qemu::qmp::Qmp;
 use crate::vmm::VmmExit;
 
@@ -96,7 +96,9 @@ impl Instance {
         let process = Process::spawn(Spawn {
             program,
             args,
+            dir: PathBuf::from("/"),
             fds,
+            stdout: None,
             console,
             console_log,
         })

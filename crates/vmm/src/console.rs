@@ -21,7 +21,7 @@ const KEPT_BYTES: u64 = CONSOLE_LOG_BYTES_MAX / 2;
 
 /// A console log that is being written.
 #[derive(Debug)]
-pub(super) struct ConsoleLog {
+pub(crate) struct ConsoleLog {
     file: File,
     len_bytes: u64,
     broken: bool,
@@ -29,7 +29,7 @@ pub(super) struct ConsoleLog {
 
 impl ConsoleLog {
     /// Starts an empty log, readable by its owner only: a console shows what a guest does.
-    pub(super) fn create(path: &Path) -> Result<Self> {
+    pub(crate) fn create(path: &Path) -> Result<Self> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -49,7 +49,7 @@ impl ConsoleLog {
         })
     }
 
-    pub(super) fn append(&mut self, bytes: &[u8]) {
+    pub(crate) fn append(&mut self, bytes: &[u8]) {
         if self.broken {
             return;
         }

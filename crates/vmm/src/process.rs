@@ -1,20 +1,20 @@
-//! QEMU as a child: how it is started, watched and ended.
+//! A VMM as a child: how it is started, watched and ended.
 //!
-//! Each QEMU has one thread of ours, its **warden**. It spawns the process, then reads what it
+//! Each VMM has one thread of ours, its **warden**. It spawns the process, then reads what it
 //! says until it ends, and reaps it:
 //!
 //! ```text
 //!            fork+exec          stderr ──▶ last lines kept     ┐
-//!  warden ──────────────▶ QEMU  console ─▶ bounded log file    ├─ poll ─▶ exit ─▶ reap, publish
+//!  warden ──────────────▶ VMM   console ─▶ bounded log file    ├─ poll ─▶ exit ─▶ reap, publish
 //!                               pidfd  ──▶ it ended            ┘
 //! ```
 //!
-//! The warden lives as long as QEMU does, and it must: the parent-death signal fires when the
+//! The warden lives as long as the VMM does, and it must: the parent-death signal fires when the
 //! *thread* that spawned the child ends, not when the process does.
 //!
 //! Invariants:
-//! * QEMU inherits the descriptors that it is given and none else, an empty environment, and
-//!   `/` as its working directory. It leads its own session: a ctrl-C in our terminal is ours.
+//! * The VMM inherits the descriptors that it is given and none else, an empty environment, and
+//!   the working directory that it is given. It leads its own session: a ctrl-C in our terminal is ours.
 //! * Nobody but the warden waits for the exit, so that the status is never stolen.
 //! * The warden needs no async runtime: log and exit status are kept up while ours is busy.
 
@@ -24,7 +24,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -34,52 +34,56 @@ use command_fds::{CommandFdExt, FdMapping};
 use rustix::event::{PollFd, PollFlags, poll};
 use tokio::sync::{oneshot, watch};
 
+use crate::console::ConsoleLog;
 use crate::error::{Result, VmmError};
 use crate::inject::open_pidfd;
-use crate::qemu::console::ConsoleLog;
 use crate::vmm::VmmExit;
 
-/// How much of QEMU's standard error is kept: its last lines explain an exit, and a QEMU that
+/// How much of a VMM's standard error is kept: its last lines explain an exit, and a VMM that
 /// warns without end must not fill our memory.
 const STDERR_TAIL_BYTES: usize = 4 << 10;
-/// How long a killed QEMU may take to be gone. Tearing down the memory of a large guest takes
+/// How long a killed VMM may take to be gone. Tearing down the memory of a large guest takes
 /// a second; beyond this the kernel is stuck.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// One read of the console or of standard error.
 const READ_BYTES: usize = 4 << 10;
 /// How often one source is read before the others have their turn: a guest that prints without
-/// end must not hide what QEMU says. Together more than a socket's buffer (208 KiB) holds, so
-/// that what is left of an ended QEMU is read whole.
+/// end must not hide what the VMM says. Together more than a socket's buffer (208 KiB) holds, so
+/// that what is left of an ended VMM is read whole.
 const READS_PER_TURN: usize = 64;
 /// The warden reads and polls: it needs no deep stack.
 const WARDEN_STACK_BYTES: usize = 128 << 10;
 
 /// What is started.
 #[derive(Debug)]
-pub(super) struct Spawn {
-    pub(super) program: PathBuf,
-    pub(super) args: Vec<OsString>,
-    /// What QEMU inherits, by the number that it has there.
-    pub(super) fds: Vec<(i32, OwnedFd)>,
+pub(crate) struct Spawn {
+    pub(crate) program: PathBuf,
+    pub(crate) args: Vec<OsString>,
+    /// Its working directory.
+    pub(crate) dir: PathBuf,
+    /// What the VMM inherits, by the number that it has there.
+    pub(crate) fds: Vec<(i32, OwnedFd)>,
+    /// Where its standard output goes, if anywhere.
+    pub(crate) stdout: Option<OwnedFd>,
     /// Our end of the guest's serial console.
-    pub(super) console: UnixStream,
-    pub(super) console_log: ConsoleLog,
+    pub(crate) console: UnixStream,
+    pub(crate) console_log: ConsoleLog,
 }
 
-/// A QEMU that was started. Dropping it kills it; the warden reaps it.
+/// A VMM that was started. Dropping it kills it; the warden reaps it.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(crate) struct Process {
     pid: u32,
     pidfd: Arc<OwnedFd>,
     exit: watch::Receiver<Option<VmmExit>>,
 }
 
 impl Process {
-    /// Starts QEMU under a warden of its own.
-    pub(super) async fn spawn(spawn: Spawn) -> Result<Self> {
+    /// Starts the VMM under a warden of its own.
+    pub(crate) async fn spawn(spawn: Spawn) -> Result<Self> {
         let path = spawn.program.clone();
         let failed = |source| VmmError::File {
-            role: "QEMU binary",
+            role: "VMM binary",
             path,
             source,
         };
@@ -91,7 +95,7 @@ impl Process {
             .spawn(move || warden(spawn, started_sender, &exit_sender));
         if let Err(source) = warden {
             return Err(VmmError::Host {
-                what: "start a thread for QEMU",
+                what: "start a thread for the VMM",
                 source,
             });
         }
@@ -103,19 +107,19 @@ impl Process {
         Ok(Self { pid, pidfd, exit })
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.pid
     }
 
-    pub(super) fn pidfd(&self) -> &Arc<OwnedFd> {
+    pub(crate) fn pidfd(&self) -> &Arc<OwnedFd> {
         &self.pidfd
     }
 
-    pub(super) fn exited(&self) -> Option<VmmExit> {
+    pub(crate) fn exited(&self) -> Option<VmmExit> {
         self.exit.borrow().clone()
     }
 
-    pub(super) async fn wait_exit(&self) -> VmmExit {
+    pub(crate) async fn wait_exit(&self) -> VmmExit {
         let mut exit = self.exit.clone();
         let gone = exit.wait_for(Option::is_some).await;
         // The sender is dropped without a value only if the warden itself died.
@@ -129,11 +133,11 @@ impl Process {
     }
 
     /// The exit, if it comes within `patience`.
-    pub(super) async fn wait_exit_for(&self, patience: Duration) -> Option<VmmExit> {
+    pub(crate) async fn wait_exit_for(&self, patience: Duration) -> Option<VmmExit> {
         tokio::time::timeout(patience, self.wait_exit()).await.ok()
     }
 
-    pub(super) async fn kill(&self) -> Result<VmmExit> {
+    pub(crate) async fn kill(&self) -> Result<VmmExit> {
         self.send_kill();
         self.wait_exit_for(KILL_DEADLINE)
             .await
@@ -149,7 +153,7 @@ impl Process {
         if let Err(e) = sent
             && e != rustix::io::Errno::SRCH
         {
-            tracing::warn!(pid = self.pid, "cannot kill QEMU: {e}");
+            tracing::warn!(pid = self.pid, "cannot kill the VMM: {e}");
         }
     }
 }
@@ -166,11 +170,13 @@ fn warden(spawn: Spawn, started: oneshot::Sender<Started>, exit: &watch::Sender<
     let Spawn {
         program,
         args,
+        dir,
         fds,
+        stdout,
         console,
         console_log,
     } = spawn;
-    let mut child = match start(&program, args, fds) {
+    let mut child = match start(&program, args, &dir, fds, stdout) {
         Ok(child) => child,
         Err(e) => {
             // A caller that went away needs no answer.
@@ -200,11 +206,17 @@ fn warden(spawn: Spawn, started: oneshot::Sender<Started>, exit: &watch::Sender<
 /// Kills and reaps a child that nobody will ever use.
 fn end(child: &mut Child) {
     if let Err(e) = child.kill().and_then(|()| child.wait()) {
-        tracing::warn!("cannot end a QEMU that was started in vain: {e}");
+        tracing::warn!("cannot end a VMM that was started in vain: {e}");
     }
 }
 
-fn start(program: &PathBuf, args: Vec<OsString>, fds: Vec<(i32, OwnedFd)>) -> io::Result<Child> {
+fn start(
+    program: &Path,
+    args: Vec<OsString>,
+    dir: &Path,
+    fds: Vec<(i32, OwnedFd)>,
+    stdout: Option<OwnedFd>,
+) -> io::Result<Child> {
     let highest_fd = fds.iter().map(|(number, _)| *number).fold(2, i32::max);
     let mappings = fds
         .into_iter()
@@ -217,9 +229,9 @@ fn start(program: &PathBuf, args: Vec<OsString>, fds: Vec<(i32, OwnedFd)>) -> io
     command
         .args(args)
         .env_clear()
-        .current_dir("/")
+        .current_dir(dir)
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        .stdout(stdout.map_or_else(Stdio::null, Stdio::from))
         .stderr(Stdio::piped());
     command
         .fd_mappings(mappings)

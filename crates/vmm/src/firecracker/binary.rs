@@ -1,0 +1,187 @@
+//! Which Firecracker there is, and what its version knows.
+//!
+//! The version is asked first and believed: a request that a version does not understand may end
+//! the process (a failed snapshot load does), so it must not be found out by trying.
+
+use std::env;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Result, VmmError};
+use crate::machine::{Accel, VmmIdentity};
+use crate::version::ask_version;
+
+/// The program's name in its releases, once unpacked.
+const BINARY_NAME: &str = "firecracker";
+/// Where its releases are to be had.
+const NEXT_STEP: &str =
+    "get it from https://github.com/firecracker-microvm/firecracker/releases (1.10 or newer)";
+/// The oldest version that torpor drives.
+const OLDEST: Version = Version::new(1, 10, 0);
+/// The machine as an identity records it: the revision of our device layout. Raise it with every
+/// change of a device or of its options: a device state fits the layout that made it.
+const MACHINE_IDENTITY: &str = "firecracker/1";
+
+/// A version, in the order of releases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Version {
+    major: u32,
+    minor: u32,
+    patch: u32,
+}
+
+impl Version {
+    /// `major.minor.patch`.
+    #[must_use]
+    pub const fn new(major: u32, minor: u32, patch: u32) -> Self {
+        Self {
+            major,
+            minor,
+            patch,
+        }
+    }
+
+    /// `1.16.1`, also with `v` in front. What follows a `-` (`-dev`) is not part of the order.
+    fn parse(text: &str) -> Option<Self> {
+        let text = text.strip_prefix('v').unwrap_or(text);
+        let mut numbers = text
+            .split_once('-')
+            .map_or(text, |(numbers, _)| numbers)
+            .split('.')
+            .map(str::parse);
+        let mut next = || numbers.next()?.ok();
+        let version = Self::new(next()?, next()?, next()?);
+        numbers.next().is_none().then_some(version)
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.patch)
+    }
+}
+
+/// A Firecracker that was found and has told its version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FirecrackerBinary {
+    /// The program.
+    pub path: PathBuf,
+    /// Its version, for comparing.
+    pub version: Version,
+    /// Its version as it spells it (`1.17.0-dev`): what an identity records.
+    pub release: String,
+}
+
+impl FirecrackerBinary {
+    /// Takes `explicit`, or else the first `firecracker` in `PATH`. Blocks for some milliseconds.
+    ///
+    /// # Errors
+    /// There is none, it is none, or it is older than 1.10.
+    pub fn find(explicit: Option<&Path>) -> Result<Self> {
+        let missing = |searched: String| VmmError::FirecrackerMissing {
+            searched,
+            next_step: NEXT_STEP,
+        };
+        let path = match explicit {
+            Some(path) if path.is_file() => path.to_owned(),
+            Some(path) => return Err(missing(format!("there is no file {}", path.display()))),
+            None => search_path()
+                .ok_or_else(|| missing("looked in every directory of PATH".to_owned()))?,
+        };
+        // It is started in a directory of its own.
+        let path = std::path::absolute(&path).map_err(|source| VmmError::File {
+            role: "firecracker binary",
+            path: path.clone(),
+            source,
+        })?;
+        let unusable = |detail: String| VmmError::BinaryUnusable {
+            path: path.clone(),
+            detail,
+        };
+        let text = ask_version(&path).map_err(|e| unusable(e.to_string()))?;
+        let (version, release) =
+            parse(&text).ok_or_else(|| unusable(format!("it said {:?}", text.trim())))?;
+        if version < OLDEST {
+            return Err(unusable(format!(
+                "it is version {version}, torpor needs {OLDEST} or newer"
+            )));
+        }
+        Ok(Self {
+            path,
+            version,
+            release,
+        })
+    }
+
+    /// Who a machine under this Firecracker would be, to be compared with a record before it is
+    /// started. It always runs its guests by KVM.
+    #[must_use]
+    pub fn identity(&self) -> VmmIdentity {
+        VmmIdentity {
+            name: "firecracker".to_owned(),
+            version: self.release.clone(),
+            machine: MACHINE_IDENTITY.to_owned(),
+            accel: Accel::Kvm,
+        }
+    }
+}
+
+fn search_path() -> Option<PathBuf> {
+    env::split_paths(&env::var_os("PATH")?)
+        .map(|dir| dir.join(BINARY_NAME))
+        .find(|path| path.is_file())
+}
+
+/// `Firecracker v1.16.1`, a blank line, and sometimes a log line behind it.
+fn parse(text: &str) -> Option<(Version, String)> {
+    let release = text
+        .split_once("Firecracker v")?
+        .1
+        .split_whitespace()
+        .next()?;
+    Some((Version::parse(release)?, release.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_read_as_releases_spell_it() {
+        let (version, release) =
+            parse("Firecracker v1.16.1\n\n2026-01-01 [anonymous:main] exiting").unwrap();
+        assert_eq!(version, Version::new(1, 16, 1));
+        assert_eq!(release, "1.16.1");
+        let (version, release) = parse("Firecracker v1.17.0-dev\n").unwrap();
+        assert_eq!(version, Version::new(1, 17, 0));
+        assert_eq!(release, "1.17.0-dev");
+        assert_eq!(parse("QEMU emulator version 7.2.22"), None);
+        assert_eq!(parse("Firecracker v1.x"), None);
+    }
+
+    #[test]
+    fn versions_are_ordered_by_number() {
+        assert!(Version::new(1, 9, 9) < OLDEST);
+        assert!(Version::new(1, 10, 0) >= OLDEST);
+        assert!(Version::new(2, 0, 0) > Version::new(1, 99, 99));
+    }
+
+    #[test]
+    fn a_missing_firecracker_says_where_to_get_it() {
+        let error = FirecrackerBinary::find(Some(Path::new("/nonexistent/firecracker")))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("/nonexistent/firecracker"), "{error}");
+        assert!(error.contains("releases"), "{error}");
+    }
+
+    #[test]
+    fn another_program_is_not_taken_for_firecracker() {
+        let error = FirecrackerBinary::find(Some(Path::new("/bin/true")))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("/bin/true does not answer"), "{error}");
+    }
+}
