@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 # `setup build` is an order: with -j, too. (cargo uses all cores by itself.)
 .NOTPARALLEL:
-.PHONY: setup build demo test test-long bench lint clean help
+.PHONY: setup build demo test test-long test-firecracker bench lint clean help
 
 TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 # Tests boot the same static agent as the programs do, not the one that `cargo test` links beside them.
@@ -26,6 +26,9 @@ test: setup build ## run every test, real guests included
 
 test-long: setup build ## the same with the models run for thousands of cases, and tests that take long
 	@PROPTEST_CASES=5000 cargo test --locked --workspace -- --include-ignored
+
+test-firecracker: setup ## test against a real Firecracker: FIRECRACKER=/path/to/firecracker (without KVM: in the lab)
+	@scripts/test-firecracker "$(FIRECRACKER)"
 
 bench: setup build ## measure, against the bars that the README names
 	@$(TARGET_DIR)/release/torpor-bench

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! kernel ─▶ init::enter      mounts, modules, switch root (before any thread exists)
-//!        ─▶ port             virtio-serial port as two queues
+//!        ─▶ port, vsock      virtio-serial port or vsock as two queues
 //!        ─▶ server           host's session → streams → envd's own HTTP, or a TCP port of the guest
 //!             routes           /health /init /metrics /freeze /unfreeze
 //!             process          process.Process: start, watch, feed, kill
@@ -30,6 +30,7 @@ mod reaper;
 mod routes;
 mod server;
 mod user;
+mod vsock;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -4,6 +4,8 @@
 //! which no event loop can sleep on. Blocking, the kernel does what is wanted: a read sleeps until
 //! bytes come, a write until a host is there to take them. Only a read without a host returns at
 //! once (as end of file): then the reader looks again every [`NO_HOST_PAUSE`].
+//!
+//! A VMM without virtio-serial has a vsock instead ([`vsock`]).
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -18,6 +20,7 @@ use envd_api::link::{PortEvent, QUEUE_PACKETS, READ_BYTES, RawPort};
 use tokio::sync::mpsc;
 
 use crate::console::say;
+use crate::vsock;
 
 /// How long the reader sleeps while no host is connected. Part of the latency of a new host's first
 /// answer, where the VMM did not keep the port connected.
@@ -34,7 +37,8 @@ const STACK_BYTES: usize = 64 * 1024;
 /// Where the host is.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Source {
-    /// Behind the virtio-serial port of that name: hosts come and go, the port stays.
+    /// Behind the virtio-serial port of that name, or else the machine's vsock: hosts come and go,
+    /// the port stays.
     Agent,
     /// Behind a socket that we inherited: its end is the end.
     Inherited(i32),
@@ -42,13 +46,21 @@ pub(crate) enum Source {
 
 /// Opens the port and serves it with two threads.
 pub(crate) fn open(source: Source) -> io::Result<RawPort> {
+    let (incoming_tx, incoming) = mpsc::channel(QUEUE_PACKETS);
+    let (outgoing, outgoing_rx) = mpsc::channel(QUEUE_PACKETS);
     let (file, stays) = match source {
-        Source::Agent => (open_agent()?, true),
+        Source::Agent => match open_agent()? {
+            Agent::Port(file) => (file, true),
+            Agent::Vsock(listener) => {
+                let writer = listener.writer();
+                spawn("port-read", move || listener.read(&incoming_tx))?;
+                spawn("port-write", move || writer.write(outgoing_rx))?;
+                return Ok(RawPort { incoming, outgoing });
+            }
+        },
         Source::Inherited(fd) => (inherited(fd)?, false),
     };
     let writer = file.try_clone()?;
-    let (incoming_tx, incoming) = mpsc::channel(QUEUE_PACKETS);
-    let (outgoing, outgoing_rx) = mpsc::channel(QUEUE_PACKETS);
     spawn("port-read", move || read(file, stays, &incoming_tx))?;
     spawn("port-write", move || write(writer, stays, outgoing_rx))?;
     Ok(RawPort { incoming, outgoing })
@@ -71,18 +83,29 @@ fn inherited(fd: i32) -> io::Result<File> {
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
-fn open_agent() -> io::Result<File> {
+/// Where this machine has its agent's channel.
+enum Agent {
+    Port(File),
+    Vsock(vsock::Listener),
+}
+
+fn open_agent() -> io::Result<Agent> {
     let began = Instant::now();
     loop {
         if let Some(device) = find_agent() {
-            return OpenOptions::new().read(true).write(true).open(device);
+            let port = OpenOptions::new().read(true).write(true).open(device);
+            return port.map(Agent::Port);
+        }
+        if vsock::is_there() {
+            return vsock::Listener::open().map(Agent::Vsock);
         }
         if began.elapsed() > PORT_DEADLINE {
             return Err(io::Error::new(
                 io::ErrorKind::NotFound,
                 format!(
-                    "no virtio-serial port named {AGENT_PORT_NAME} below /sys/class/virtio-ports: \
-                     the VMM gives none, or the kernel lacks virtio_console"
+                    "no virtio-serial port named {AGENT_PORT_NAME} below /sys/class/virtio-ports and \
+                     no vsock: the VMM gives none, or the kernel lacks virtio_console or \
+                     vmw_vsock_virtio_transport"
                 ),
             ));
         }

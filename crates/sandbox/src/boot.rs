@@ -67,7 +67,7 @@ pub async fn boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartErr
     spec.cmdline = qemu::kernel_command_line(&machine, &source)?;
     let console = run_dir.path().join(CONSOLE_FILE);
     let vmm: Arc<dyn Vmm> = Arc::from(qemu::boot(host.qemu(), &machine, &source, &console).await?);
-    let memory_file = std::fs::File::from(vmm.memory()?.memfd);
+    let memory_file = std::fs::File::from(vmm.memory()?.into_memfd()?);
     let starting = Starting::new(Parts {
         vmm,
         memory: Memory::Booted,

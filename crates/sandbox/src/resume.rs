@@ -16,6 +16,7 @@
 //!   disk and a memory of its own.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -132,7 +133,7 @@ pub async fn resume(
     };
     let vmm = memory.while_served(Some(*id), start).await?;
     let load_ms = clock.lap();
-    let memory_file = File::from(guest_memory.memfd);
+    let memory_file = File::from(guest_memory.into_memfd()?);
     // From here on the guest needs its pager, and the pager's failure must end the wait.
     let starting = Starting::new(Parts {
         vmm,
@@ -284,9 +285,19 @@ async fn make_memory(
     };
     tracing::info!(why = %why_eager, "the guest's memory is filled before it starts");
     let image = Arc::clone(&parent.memory);
-    let memory = guest_memory.memfd.try_clone().map_err(FillError::Memory)?;
+    let memory = memfd_of(guest_memory)?;
     background(move || Ok(fill(&image, &File::from(memory))?)).await?;
     Ok((Memory::Eager, Some(why_eager)))
+}
+
+/// Another descriptor of a memory that the VMM shares with us.
+fn memfd_of(guest_memory: &GuestMemory) -> Result<OwnedFd, StartError> {
+    let memfd = guest_memory.memfd.as_ref();
+    let copy = memfd.map_or_else(
+        || Err(std::io::ErrorKind::Unsupported.into()),
+        OwnedFd::try_clone,
+    );
+    Ok(copy.map_err(FillError::Memory)?)
 }
 
 /// How writes will be tracked under lazy memory, or why there is to be none. Decided before the VMM
@@ -337,7 +348,7 @@ fn start_pager(
         // No need to write-protect what is absent: whatever the pager installs comes protected.
         uffd.register(region, tracking)?;
     }
-    let memfd = guest_memory.memfd.try_clone().map_err(FillError::Memory)?;
+    let memfd = memfd_of(guest_memory)?;
     let source = Arc::new(ImageSource(Arc::clone(&parent.memory)));
     let mut config = PagerConfig::new(uffd, regions, source, Backing::SharedMemfd(memfd));
     config.tracking = tracking;

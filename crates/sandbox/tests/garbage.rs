@@ -171,7 +171,7 @@ async fn at_a_random_moment(
     let found = sandbox.find_free_pages(host.storage(), SETTLE_MAX).await;
     let (report, free) = found.unwrap();
     assert_eq!(report.why_not(), None);
-    let memory = File::from(sandbox.vmm().memory().unwrap().memfd);
+    let memory = File::from(sandbox.vmm().memory().unwrap().into_memfd().unwrap());
     let pages = free.iter().map(|run| run.pages).sum();
     assert!(pages > 1000, "{pages} free pages: nothing is proven");
     let seed = next(random);

@@ -74,7 +74,7 @@ async fn the_scan_of_a_lazily_resumed_guest_is_exact_and_brings_nothing_in() {
         let (sandbox, _) = resume(&host, &paused.build.id(), &options).await.unwrap();
 
         sandbox.vmm().stop_vcpus().await.unwrap();
-        let memory = File::from(sandbox.vmm().memory().unwrap().memfd);
+        let memory = File::from(sandbox.vmm().memory().unwrap().into_memfd().unwrap());
         let present = || std::os::unix::fs::MetadataExt::blocks(&memory.metadata().unwrap());
         // Settle once: what is under way comes in with it, not with the scan.
         sandbox
@@ -188,7 +188,7 @@ async fn a_guest_that_rewrites_its_note_is_paused_without_a_scan_and_goes_on() {
     let (addr, _) = told.split_once(' ').unwrap();
     let addr = u64::from_str_radix(addr.trim_start_matches("0x"), 16).unwrap();
     sandbox.vmm().stop_vcpus().await.unwrap();
-    let memory = File::from(sandbox.vmm().memory().unwrap().memfd);
+    let memory = File::from(sandbox.vmm().memory().unwrap().into_memfd().unwrap());
     memory.write_all_at(&[b'?'; 3 * PAGE_SIZE], addr).unwrap();
     sandbox.vmm().resume_vcpus().await.unwrap();
     let paused = pause_into_new(sandbox, &host, PauseFlags::default()).await;

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::firecracker::ApiError;
 use crate::vmm::VmmExit;
 
 /// This crate's result.
@@ -83,7 +84,7 @@ pub enum VmmError {
         source: io::Error,
     },
     /// The VMM ended before it was ready.
-    #[error("QEMU did not start: it {exit}")]
+    #[error("the VMM did not start: it {exit}")]
     Start {
         /// How it ended, with what it said.
         exit: Box<VmmExit>,
@@ -138,11 +139,11 @@ pub enum VmmError {
         limit_bytes: usize,
     },
     /// Saving or loading a device state failed.
-    #[error("QEMU could not {what} the device state: {reason}")]
+    #[error("the VMM could not {what} the device state: {reason}")]
     State {
         /// `save` or `load`.
         what: &'static str,
-        /// QEMU's own words.
+        /// The VMM's own words.
         reason: String,
     },
     /// The guest's memory is not where it must be in the VMM's address space.
@@ -151,6 +152,19 @@ pub enum VmmError {
         /// The VMM.
         pid: u32,
         /// What is wrong.
+        detail: String,
+    },
+    /// Firecracker's API refused, broke or hangs.
+    #[error(transparent)]
+    Api {
+        /// Why.
+        #[from]
+        source: ApiError,
+    },
+    /// A resuming Firecracker did not hand its page faults over.
+    #[error("Firecracker did not hand over its page faults: {detail}")]
+    Handshake {
+        /// What came instead.
         detail: String,
     },
     /// No userfaultfd could be made in the VMM.

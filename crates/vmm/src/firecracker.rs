@@ -4,16 +4,37 @@
 //! | module | what |
 //! |---|---|
 //! | `binary` | which Firecracker there is, what its version knows |
+//! | `config` | machine → requests, pure; the device layout |
 //! | `api` | requests with deadlines |
+//! | `instance` | process + directory + API |
+//! | `channel` | the agent's channel, by vsock |
 //! | `balloon` | what is installed, what refusals mean |
 //! | `drain` | getting the guest's free pages back |
+//! | `handshake` | how a resuming one hands its page faults over |
+//! | `memory` | where a booted one has its guest's memory |
+//! | `vm`, `incoming` | the two kinds of machine |
+//!
+//! Guest memory is private to Firecracker: it is read by /proc/PID/mem, and only where
+//! /proc/PID/pagemap calls a page present, because reading an absent page of a resumed guest waits
+//! for whoever serves its page faults.
 
 mod api;
 mod balloon;
 mod binary;
+mod channel;
+mod config;
 mod drain;
+mod handshake;
+mod incoming;
+mod instance;
+mod memory;
+mod vm;
 
 pub use api::{Api, ApiError};
 pub use balloon::{InstalledBalloon, install_balloon};
 pub use binary::{FirecrackerBinary, Version};
+pub use config::{AGENT_VSOCK_PORT, kernel_command_line};
 pub use drain::{HeldBytes, drain_balloon};
+pub use handshake::Handshake;
+pub use incoming::{IncomingFirecracker, prepare_resume};
+pub use vm::boot;

@@ -37,6 +37,7 @@ mod machine;
 mod memory;
 mod process;
 pub mod qemu;
+mod reader;
 mod version;
 mod vmm;
 
@@ -45,4 +46,5 @@ pub use hold::HeldVmm;
 pub use host::{KvmSupport, host_tsc_khz};
 pub use machine::{Accel, BootSource, MachineConfig, VmmIdentity};
 pub use memory::{GuestMemory, MemoryMapping, RamSegment};
+pub use reader::GuestReader;
 pub use vmm::{DiscardedBytes, DrainOutcome, DrainReport, Vmm, VmmExit};

@@ -20,7 +20,7 @@ pub(crate) const MEMORY_BYTES_STEP: u64 = 2 << 20;
 pub(crate) const VCPUS_MAX: u32 = 64;
 /// The longest kernel command line, in bytes: x86 Linux cuts what is longer than
 /// `COMMAND_LINE_SIZE` (2048, its final zero included) without a word.
-pub(crate) const COMMAND_LINE_BYTES_MAX: usize = 2047;
+const COMMAND_LINE_BYTES_MAX: usize = 2047;
 
 /// How guest code is executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -110,6 +110,30 @@ pub struct BootSource {
     pub initramfs: Option<PathBuf>,
     /// What is appended to the kernel command line that the VMM needs.
     pub extra_cmdline: String,
+}
+
+/// Joins the words that a VMM needs and those that a user adds to a kernel command line.
+pub(crate) fn join_command_line(words: &[&str], extra: &str) -> Result<String> {
+    let mut line = words.join(" ");
+    let extra = extra.trim();
+    if !extra.is_empty() {
+        line.push(' ');
+        line.push_str(extra);
+    }
+    if line.len() > COMMAND_LINE_BYTES_MAX {
+        return Err(VmmError::InvalidMachine {
+            what: format!(
+                "a kernel command line of {} bytes: Linux reads {COMMAND_LINE_BYTES_MAX}",
+                line.len()
+            ),
+        });
+    }
+    if line.contains(['\n', '\r', '\0']) {
+        return Err(VmmError::InvalidMachine {
+            what: "a kernel command line with a line break".to_owned(),
+        });
+    }
+    Ok(line)
 }
 
 /// Who made a device state, and who alone can read it again.

@@ -21,10 +21,11 @@ const STAT_BLOCK_BYTES: u64 = 512;
 /// Where a guest's memory is.
 #[derive(Debug)]
 pub struct GuestMemory {
-    /// The memory itself. Offset in the file = guest offset. Read it with pread and
-    /// SEEK_DATA/SEEK_HOLE, never through a mapping.
-    pub memfd: OwnedFd,
-    /// The length of the memfd in bytes.
+    /// The memory itself, where it is a memfd of ours (QEMU). Offset in the file = guest offset.
+    /// Read it with pread and SEEK_DATA/SEEK_HOLE, never through a mapping. `None` where it is
+    /// private to the VMM (Firecracker); [`GuestMemory::reader`] reads either.
+    pub memfd: Option<OwnedFd>,
+    /// The length of the memory in bytes.
     pub len_bytes: u64,
     /// The process that has it mapped.
     pub pid: u32,
@@ -52,6 +53,19 @@ pub struct RamSegment {
     pub len_bytes: u64,
     /// Its offset in the memfd, in bytes.
     pub guest_offset_bytes: u64,
+}
+
+impl GuestMemory {
+    /// The memfd, where the memory is one.
+    ///
+    /// # Errors
+    /// It is private to the VMM.
+    pub fn into_memfd(self) -> Result<OwnedFd> {
+        self.memfd.ok_or_else(|| VmmError::Mapping {
+            pid: self.pid,
+            detail: "it is private to the VMM, no memfd".to_owned(),
+        })
+    }
 }
 
 /// Makes the memory of a guest: all hole.
@@ -105,7 +119,7 @@ pub(crate) fn locate(memfd: OwnedFd, pid: u32, len_bytes: u64) -> Result<GuestMe
         )));
     }
     Ok(GuestMemory {
-        memfd,
+        memfd: Some(memfd),
         len_bytes,
         pid,
         mappings,

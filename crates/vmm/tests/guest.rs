@@ -18,11 +18,15 @@ use lazy::LazyMemory;
 use support::{Guest, Host};
 use torpor_vmm::{DrainOutcome, GuestMemory, VmmError};
 
+fn memfd(memory: &GuestMemory) -> OwnedFd {
+    memory.memfd.as_ref().unwrap().try_clone().unwrap()
+}
+
 /// Copies what a memory holds, hole by hole.
 fn copy_memory(from: &GuestMemory, to: &GuestMemory) {
-    let source = File::from(from.memfd.try_clone().unwrap());
-    let target = File::from(to.memfd.try_clone().unwrap());
-    for (start, end) in data_runs(&from.memfd, from.len_bytes) {
+    let source = File::from(memfd(from));
+    let target = File::from(memfd(to));
+    for (start, end) in data_runs(&memfd(from), from.len_bytes) {
         let mut bytes = vec![0; usize::try_from(end - start).unwrap()];
         source.read_exact_at(&mut bytes, start).unwrap();
         target.write_all_at(&bytes, start).unwrap();
@@ -151,7 +155,7 @@ async fn a_guest_resumes_with_empty_memory_and_its_page_faults_bring_it_back() {
         let memory = incoming.memory().unwrap();
         let uffd = incoming.userfaultfd().await.unwrap();
         let injected = starting.elapsed();
-        let lazy = LazyMemory::serve(uffd, &memory, source.memfd.try_clone().unwrap());
+        let lazy = LazyMemory::serve(uffd, &memory, memfd(&source));
         let vm = incoming.load(&state).await.unwrap();
         let loaded = starting.elapsed();
         vm.resume_vcpus().await.unwrap();

@@ -35,7 +35,12 @@ async fn a_machine_that_waits_for_its_state_has_all_its_memory_mapped_and_none_o
         memory.mappings.iter().map(|m| m.len_bytes).sum::<u64>(),
         machine.memory_bytes
     );
-    assert_eq!(rustix::fs::fstat(&memory.memfd).unwrap().st_blocks, 0);
+    assert_eq!(
+        rustix::fs::fstat(memory.memfd.as_ref().unwrap())
+            .unwrap()
+            .st_blocks,
+        0
+    );
 
     for _ in 0..3 {
         let uffd = incoming.userfaultfd().await.unwrap();

@@ -2,6 +2,9 @@
 //!
 //! The VMM gives each drive a serial; the kernel shows it in `/sys/block/<disk>/serial`. Names like
 //! `vda` follow the order in which devices were found, which differs between machine types.
+//!
+//! Firecracker's drives have serials that it makes up. Where none is ours, two disks of which one can
+//! only be read are told apart by that: the base image is never writable.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -38,6 +41,9 @@ fn wait_until(sys_block: &Path, start: Instant, wait_max: Duration) -> Result<Di
     loop {
         let seen =
             by_serial(sys_block).in_step(|| format!("list disks in {}", sys_block.display()))?;
+        if let Some(disks) = by_permission(sys_block, &seen) {
+            return Ok(disks);
+        }
         let waited = start.elapsed();
         match (seen.get(BASE_SERIAL), seen.get(LAYER_SERIAL)) {
             (Some(base), Some(layer)) => {
@@ -59,6 +65,25 @@ fn wait_until(sys_block: &Path, start: Instant, wait_max: Duration) -> Result<Di
             }
             _ => std::thread::sleep(POLL_INTERVAL),
         }
+    }
+}
+
+/// Two disks with serials of somebody else's making, one of them read-only.
+fn by_permission(sys_block: &Path, seen: &BTreeMap<String, String>) -> Option<Disks> {
+    if seen.contains_key(BASE_SERIAL) || seen.contains_key(LAYER_SERIAL) {
+        return None;
+    }
+    let read_only = |name: &String| {
+        let flag = std::fs::read_to_string(sys_block.join(name).join("ro"));
+        flag.is_ok_and(|flag| flag.trim() == "1")
+    };
+    let (base, layer): (Vec<_>, Vec<_>) = seen.values().partition(|name| read_only(name));
+    match (base.as_slice(), layer.as_slice()) {
+        ([base], [layer]) => Some(Disks {
+            base: device(base),
+            layer: device(layer),
+        }),
+        _ => None,
     }
 }
 
@@ -122,6 +147,19 @@ mod tests {
                 layer: "/dev/vda".into()
             }
         );
+    }
+
+    #[test]
+    fn disks_without_our_serials_are_told_apart_by_what_can_be_written() {
+        let sys = sys_block(&[("vda", Some("fd0123")), ("vdb", Some("fd0124"))]);
+        std::fs::write(sys.path().join("vda/ro"), "0\n").unwrap();
+        std::fs::write(sys.path().join("vdb/ro"), "1\n").unwrap();
+        let disks = wait(sys.path()).unwrap();
+        assert_eq!(disks.base, Path::new("/dev/vdb"));
+        assert_eq!(disks.layer, Path::new("/dev/vda"));
+
+        std::fs::write(sys.path().join("vdb/ro"), "0\n").unwrap();
+        wait_until(sys.path(), Instant::now(), Duration::ZERO).unwrap_err();
     }
 
     #[test]

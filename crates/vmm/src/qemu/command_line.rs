@@ -37,7 +37,7 @@ use serde_json::json;
 
 use crate::error::{Result, VmmError};
 use crate::host::host_tsc_khz;
-use crate::machine::{Accel, BootSource, COMMAND_LINE_BYTES_MAX, MachineConfig};
+use crate::machine::{Accel, BootSource, MachineConfig, join_command_line};
 
 /// The machine as an identity records it: QEMU's type, and the revision of the layout above.
 /// Raise the revision with every change of a device or of its options: a device state fits the
@@ -198,25 +198,8 @@ pub fn kernel_command_line(machine: &MachineConfig, boot: &BootSource) -> Result
         // loses: the guest would give up its good clock for them.
         words.push("tsc=reliable".to_owned());
     }
-    let extra = boot.extra_cmdline.trim();
-    if !extra.is_empty() {
-        words.push(extra.to_owned());
-    }
-    let line = words.join(" ");
-    if line.len() > COMMAND_LINE_BYTES_MAX {
-        return Err(VmmError::InvalidMachine {
-            what: format!(
-                "a kernel command line of {} bytes: Linux reads {COMMAND_LINE_BYTES_MAX}",
-                line.len()
-            ),
-        });
-    }
-    if line.contains(['\n', '\r', '\0']) {
-        return Err(VmmError::InvalidMachine {
-            what: "a kernel command line with a line break".to_owned(),
-        });
-    }
-    Ok(line)
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    join_command_line(&words, &boot.extra_cmdline)
 }
 
 /// As JSON, because QEMU's own option syntax splits paths at commas.

@@ -1,14 +1,15 @@
 //! The whole user space of a test guest: pid 1, compiled by the tests with `rustc`, static.
 //!
 //! It loads the modules that are beside it, then answers one line with one line on the port
-//! `torpor.agent`. It never speaks first.
+//! `torpor.agent`, or, where the machine has a vsock, to whoever connects to port 1024 there. It
+//! never speaks first.
 
 use std::collections::hash_map::DefaultHasher;
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::hash::Hasher;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,6 +18,10 @@ unsafe extern "C" {
     fn mount(src: *const i8, target: *const i8, kind: *const i8, flags: u64, data: *const i8) -> i32;
     fn syscall(number: i64, ...) -> i64;
     fn ioctl(fd: i32, request: u64, ...) -> i32;
+    fn socket(domain: i32, kind: i32, protocol: i32) -> i32;
+    fn bind(fd: i32, address: *const u32, len: u32) -> i32;
+    fn listen(fd: i32, backlog: i32) -> i32;
+    fn accept(fd: i32, address: *mut u32, len: *mut u32) -> i32;
 }
 
 const SYS_FINIT_MODULE: i64 = 313;
@@ -48,32 +53,56 @@ fn main() {
     serve();
 }
 
-/// `poll` on a port without reader would do; for a test guest sleeping is enough.
 fn serve() {
-    let path = loop {
+    let mut kept = Vec::new();
+    loop {
         if let Some(path) = agent_port() {
-            break path;
+            let port = OpenOptions::new().read(true).write(true).open(path).unwrap();
+            converse(port, &mut kept, true);
+        }
+        if let Some(listener) = vsock_listener() {
+            loop {
+                let fd = unsafe { accept(listener, std::ptr::null_mut(), std::ptr::null_mut()) };
+                if fd >= 0 {
+                    converse(unsafe { File::from_raw_fd(fd) }, &mut kept, false);
+                }
+            }
         }
         std::thread::sleep(Duration::from_millis(20));
-    };
-    let port = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    }
+}
+
+/// Answers until the other side is gone; for ever if it may come back. `poll` on a port without
+/// reader would do; for a test guest sleeping is enough.
+fn converse(port: File, kept: &mut Vec<u8>, stays: bool) {
     let mut answers = port.try_clone().unwrap();
-    let mut kept = Vec::new();
     let mut lines = BufReader::new(port);
     let mut line = String::new();
     loop {
         line.clear();
         match lines.read_line(&mut line) {
-            Ok(0) => std::thread::sleep(Duration::from_millis(5)),
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Ok(0) | Err(_) if !stays => return,
+            Ok(0) | Err(_) => std::thread::sleep(Duration::from_millis(5)),
             Ok(_) => {
                 let words: Vec<&str> = line.split_whitespace().collect();
-                let answer = answer(&words, &mut kept);
-                answers.write_all(format!("{answer}\n").as_bytes()).unwrap();
+                let answer = answer(&words, kept);
+                let written = answers.write_all(format!("{answer}\n").as_bytes());
+                if written.is_err() && !stays {
+                    return;
+                }
+                written.unwrap();
             }
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(_) => std::thread::sleep(Duration::from_millis(5)),
         }
     }
+}
+
+/// Port 1024, any address (linux/vm_sockets.h).
+fn vsock_listener() -> Option<i32> {
+    let fd = unsafe { socket(40, 1, 0) };
+    let address = [40, 1024, u32::MAX, 0];
+    let bound = fd >= 0 && unsafe { bind(fd, address.as_ptr(), 16) } == 0;
+    (bound && unsafe { listen(fd, 4) } == 0).then_some(fd)
 }
 
 fn agent_port() -> Option<String> {
@@ -99,6 +128,10 @@ fn answer(words: &[&str], kept: &mut Vec<u8>) -> String {
             names.sort();
             names.join(" ")
         }
+        ["put", path, text] => match fs::write(path, text) {
+            Ok(()) => "ok".into(),
+            Err(e) => e.to_string(),
+        },
         ["readonly", disk] => {
             let mut flag = 0_i32;
             let disk = File::open(disk).unwrap();

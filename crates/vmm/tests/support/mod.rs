@@ -169,44 +169,57 @@ pub async fn wait_until_gone(pid: u32) {
 }
 
 /// The initramfs, made once per test process: `init` and the modules.
-fn initramfs() -> &'static Path {
+pub fn initramfs() -> &'static Path {
     static MADE: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
     let (_dir, path) = MADE.get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();
         let init = dir.path().join("init");
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/assets/init.rs");
-        let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-        let status = Command::new(rustc)
-            .args([
-                "--edition=2024",
-                "-Copt-level=2",
-                "-Ctarget-feature=+crt-static",
-                "-o",
-            ])
-            .args([&init, &source])
-            .status()
-            .unwrap();
-        assert!(status.success(), "rustc cannot compile the test guest");
-
-        let path = dir.path().join("initramfs");
-        let mut cpio = Cpio(File::create(&path).unwrap());
-        for directory in ["dev", "proc", "sys", "modules"] {
-            cpio.add(directory, 0o040_755, &[]);
-        }
-        // The kernel gives pid 1 its console only if this exists before devtmpfs does.
-        cpio.add_device("dev/console", 5, 1);
-        cpio.add("init", 0o100_755, &fs::read(&init).unwrap());
-        for entry in fs::read_dir(kernel_dir().join("modules")).unwrap() {
-            let entry = entry.unwrap();
-            let name = format!("modules/{}", entry.file_name().to_str().unwrap());
-            cpio.add(&name, 0o100_644, &fs::read(entry.path()).unwrap());
-        }
-        cpio.add("TRAILER!!!", 0, &[]);
-        // The worst size: at the end of guest memory it would lie over the ACPI tables.
-        let len = cpio.0.metadata().unwrap().len();
-        cpio.0.set_len(len.next_multiple_of(4096) + 4095).unwrap();
+        compile_init(&init);
+        let path = pack(dir.path(), &init);
         (dir, path)
     });
+    path
+}
+
+/// The lab has no compiler, and brings it along.
+fn compile_init(init: &Path) {
+    if let Some(made) = env::var_os("TORPOR_TEST_INIT") {
+        fs::copy(made, init).unwrap();
+        return;
+    }
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/assets/init.rs");
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let status = Command::new(rustc)
+        .args([
+            "--edition=2024",
+            "-Copt-level=2",
+            "-Ctarget-feature=+crt-static",
+            "-o",
+        ])
+        .args([init, &source])
+        .status()
+        .unwrap();
+    assert!(status.success(), "rustc cannot compile the test guest");
+}
+
+fn pack(dir: &Path, init: &Path) -> PathBuf {
+    let path = dir.join("initramfs");
+    let mut cpio = Cpio(File::create(&path).unwrap());
+    for directory in ["dev", "proc", "sys", "modules"] {
+        cpio.add(directory, 0o040_755, &[]);
+    }
+    // The kernel gives pid 1 its console only if this exists before devtmpfs does.
+    cpio.add_device("dev/console", 5, 1);
+    cpio.add("init", 0o100_755, &fs::read(init).unwrap());
+    for entry in fs::read_dir(kernel_dir().join("modules")).unwrap() {
+        let entry = entry.unwrap();
+        let name = format!("modules/{}", entry.file_name().to_str().unwrap());
+        cpio.add(&name, 0o100_644, &fs::read(entry.path()).unwrap());
+    }
+    cpio.add("TRAILER!!!", 0, &[]);
+    // The worst size: at the end of guest memory it would lie over the ACPI tables.
+    let len = cpio.0.metadata().unwrap().len();
+    cpio.0.set_len(len.next_multiple_of(4096) + 4095).unwrap();
     path
 }
 

@@ -1,0 +1,235 @@
+//! How a machine is spelled: Firecracker's arguments, the bodies of its requests and the guest
+//! kernel's command line. Pure.
+//!
+//! ```text
+//! drive "base"   first   /dev/vda   read-only
+//! drive "layer"  second  /dev/vdb
+//! vsock          the agent's channel
+//! entropy        random numbers
+//! balloon        always there: hinting where the version knows it, reporting where asked for
+//! ```
+//!
+//! All paths that a device state remembers are names in the machine's own directory: any number of
+//! machines may be resumed from one state, and each finds its own disk and makes its own sockets.
+//!
+//! Drives go through the host's page cache, as on QEMU, and flushes stop at Firecracker
+//! (`cache_type` Unsafe): the writable image dies with its sandbox; what must be durable is the
+//! build. Firecracker's drives have no serial of our choice and take no discards.
+
+use std::ffi::OsString;
+
+use serde_json::{Value, json};
+
+use crate::error::{Result, VmmError};
+use crate::machine::{BootSource, MachineConfig, join_command_line};
+use crate::memory::RamSegment;
+
+/// Names in a machine's directory.
+pub(super) mod names {
+    pub(in crate::firecracker) const API_SOCKET: &str = "api.sock";
+    pub(in crate::firecracker) const VSOCK: &str = "vsock.sock";
+    pub(in crate::firecracker) const BASE_IMAGE: &str = "base.img";
+    pub(in crate::firecracker) const WRITABLE_DISK: &str = "layer.img";
+    pub(in crate::firecracker) const KERNEL: &str = "kernel";
+    pub(in crate::firecracker) const INITRAMFS: &str = "initramfs";
+    pub(in crate::firecracker) const STATE: &str = "vmstate";
+    pub(in crate::firecracker) const PAGER_SOCKET: &str = "pager.sock";
+}
+
+/// The vsock port that the agent listens on in the guest.
+pub const AGENT_VSOCK_PORT: u32 = 1024;
+/// The guest's address on its vsock; 0 to 2 are reserved. Each Firecracker has a vsock of its own,
+/// so that all guests may have the same.
+const GUEST_CID: u32 = 3;
+/// RAM below 4 GiB ends here (`MMIO32_MEM_START`, arch/x86_64/layout.rs).
+const BELOW_4G_END: u64 = 3 << 30;
+const ABOVE_4G_START: u64 = 4 << 30;
+/// The next hole begins here (`MMIO64_MEM_START`, since 1.12): a guest does not reach it.
+const NEXT_HOLE_START: u64 = 256 << 30;
+/// The most vCPUs (`MAX_SUPPORTED_VCPUS`).
+const VCPUS_MAX: u32 = 32;
+
+/// Firecracker's arguments. Its log goes to standard error: standard output is the guest's.
+pub(super) fn arguments() -> Vec<OsString> {
+    let words = [
+        "--api-sock",
+        names::API_SOCKET,
+        "--log-path",
+        "/proc/self/fd/2",
+        "--level",
+        "Warn",
+    ];
+    words.into_iter().map(OsString::from).collect()
+}
+
+/// The requests that make a machine, in order, but for its balloon.
+pub(super) fn requests(
+    machine: &MachineConfig,
+    boot: &BootSource,
+) -> Result<Vec<(&'static str, Value)>> {
+    let mut source = json!({
+        "kernel_image_path": names::KERNEL,
+        "boot_args": kernel_command_line(machine, boot)?,
+    });
+    if boot.initramfs.is_some() {
+        source["initrd_path"] = names::INITRAMFS.into();
+    }
+    let config = json!({
+        "vcpu_count": machine.vcpus,
+        "mem_size_mib": machine.memory_bytes >> 20,
+    });
+    Ok(vec![
+        ("/machine-config", config),
+        ("/boot-source", source),
+        ("/drives/base", drive("base", names::BASE_IMAGE, true)),
+        ("/drives/layer", drive("layer", names::WRITABLE_DISK, false)),
+        (
+            "/vsock",
+            json!({ "guest_cid": GUEST_CID, "uds_path": names::VSOCK }),
+        ),
+        ("/entropy", json!({})),
+    ])
+}
+
+/// No root device: Firecracker would add words to the command line for it.
+fn drive(id: &str, path: &str, read_only: bool) -> Value {
+    json!({
+        "drive_id": id,
+        "path_on_host": path,
+        "is_root_device": false,
+        "is_read_only": read_only,
+        "cache_type": "Unsafe",
+    })
+}
+
+/// What Firecracker, beyond what every VMM asks, cannot do.
+pub(super) fn check(machine: &MachineConfig) -> Result<()> {
+    let impossible = |what: String| Err(VmmError::InvalidMachine { what });
+    if machine.network {
+        return impossible(
+            "a network card on Firecracker: it needs a tap device of the host, which torpor does \
+             not make yet; leave the network out"
+                .to_owned(),
+        );
+    }
+    if machine.vcpus > VCPUS_MAX {
+        return impossible(format!(
+            "{} vCPUs: Firecracker has 1 to {VCPUS_MAX}",
+            machine.vcpus
+        ));
+    }
+    let ram_max = BELOW_4G_END + (NEXT_HOLE_START - ABOVE_4G_START);
+    if machine.memory_bytes > ram_max {
+        return impossible(format!(
+            "memory of {} bytes: on Firecracker up to {ram_max} are supported",
+            machine.memory_bytes
+        ));
+    }
+    Ok(())
+}
+
+/// The guest kernel's whole command line, as a manifest records it.
+///
+/// # Errors
+/// It is longer than the kernel reads, or holds a line break.
+pub fn kernel_command_line(_machine: &MachineConfig, boot: &BootSource) -> Result<String> {
+    let words = [
+        "console=ttyS0",
+        // A guest that panics reboots at once, by the keyboard controller, which ends Firecracker.
+        "panic=-1",
+        "reboot=k",
+        // There is a keyboard controller, and nothing behind it: probing takes half a second.
+        "i8042.noaux",
+        "i8042.nomux",
+        "i8042.dumbkbd",
+        // Free pages are reported down to single ones (the default is 2 MiB), …
+        "page_reporting.page_reporting_order=0",
+        // … and the guest does not touch pages just to hand them out: hinting allocates each.
+        "init_on_alloc=0",
+    ];
+    join_command_line(&words, &boot.extra_cmdline)
+}
+
+/// The RAM of a machine with this much memory, by address.
+pub(super) fn ram_layout(memory_bytes: u64) -> Vec<RamSegment> {
+    let mut segments = vec![RamSegment {
+        guest_addr: 0,
+        len_bytes: memory_bytes.min(BELOW_4G_END),
+        guest_offset_bytes: 0,
+    }];
+    if memory_bytes > BELOW_4G_END {
+        segments.push(RamSegment {
+            guest_addr: ABOVE_4G_START,
+            len_bytes: memory_bytes - BELOW_4G_END,
+            guest_offset_bytes: BELOW_4G_END,
+        });
+    }
+    segments
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::Accel;
+
+    fn machine() -> MachineConfig {
+        MachineConfig {
+            memory_bytes: 4 << 30,
+            vcpus: 2,
+            base_image: "/images/base".into(),
+            writable_disk: "/run/one/layer.img".into(),
+            network: false,
+            free_page_reporting: false,
+            accel: Accel::Kvm,
+        }
+    }
+
+    fn boot() -> BootSource {
+        BootSource {
+            kernel: "/vmlinux".into(),
+            initramfs: None,
+            extra_cmdline: "quiet".into(),
+        }
+    }
+
+    #[test]
+    fn a_state_remembers_no_path_outside_the_machines_directory() {
+        for (path, body) in requests(&machine(), &boot()).unwrap() {
+            assert!(!body.to_string().contains("\"/"), "{path} {body}");
+        }
+    }
+
+    #[test]
+    fn memory_above_the_hole_goes_on_at_4_gib() {
+        let expected = [
+            RamSegment {
+                guest_addr: 0,
+                len_bytes: 3 << 30,
+                guest_offset_bytes: 0,
+            },
+            RamSegment {
+                guest_addr: 4 << 30,
+                len_bytes: 1 << 30,
+                guest_offset_bytes: 3 << 30,
+            },
+        ];
+        assert_eq!(ram_layout(4 << 30), expected);
+        assert_eq!(ram_layout(256 << 20).len(), 1);
+    }
+
+    #[test]
+    fn what_firecracker_cannot_do_is_refused_before_it_is_started() {
+        check(&machine()).unwrap();
+        let network = MachineConfig {
+            network: true,
+            ..machine()
+        };
+        let error = check(&network).unwrap_err().to_string();
+        assert!(error.contains("tap device"), "{error}");
+        let large = MachineConfig {
+            memory_bytes: 256 << 30,
+            ..machine()
+        };
+        assert!(check(&large).is_err());
+    }
+}

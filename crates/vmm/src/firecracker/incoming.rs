@@ -1,0 +1,173 @@
+//! A machine before its state.
+//!
+//! ```text
+//! prepare_resume ─▶ IncomingFirecracker ─ hand_over(vmstate) ─▶ Handshake
+//!                                       │                          │ serve the page faults
+//!                                       └────── finish ◀───────────┘
+//!                                                 │
+//!                                             dyn Vmm (stopped)
+//! ```
+//!
+//! Firecracker makes its memory and its userfaultfd in the middle of the load, and touches guest
+//! memory in the rest of it. So the load runs beside the caller, who must serve what it was handed
+//! before it waits for the load.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::fs;
+use tokio::task::JoinHandle;
+
+use crate::error::{Result, VmmError};
+use crate::firecracker::api::ApiError;
+use crate::firecracker::binary::FirecrackerBinary;
+use crate::firecracker::config::names;
+use crate::firecracker::handshake::{Handshake, HandshakeSocket};
+use crate::firecracker::instance::{Instance, file_error};
+use crate::firecracker::vm::FirecrackerVm;
+use crate::machine::{MachineConfig, VmmIdentity};
+use crate::memory::MemoryMapping;
+use crate::vmm::{Vmm, VmmExit};
+
+/// How long a load may take: milliseconds, and what its page faults take.
+const LOAD_DEADLINE: Duration = Duration::from_secs(60);
+/// How long Firecracker may take from the request to its userfaultfd.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// A Firecracker that waits for a device state. Dropping it kills it.
+#[derive(Debug)]
+pub struct IncomingFirecracker {
+    instance: Instance,
+    socket: HandshakeSocket,
+    load: Option<JoinHandle<std::result::Result<(), ApiError>>>,
+    mappings: Vec<MemoryMapping>,
+}
+
+/// Starts a Firecracker that will load a state, in `dir`, an empty directory that is its alone.
+/// `machine` must be the one that made the state, but for its paths; compare
+/// [`FirecrackerBinary::identity`] with the recorded one, too: a failed load ends the process.
+///
+/// # Errors
+/// As [`boot`](crate::firecracker::boot).
+pub async fn prepare_resume(
+    binary: &FirecrackerBinary,
+    machine: &MachineConfig,
+    dir: &Path,
+    console_log: &Path,
+) -> Result<IncomingFirecracker> {
+    let instance = Instance::start(binary, machine, dir, console_log).await?;
+    let socket = HandshakeSocket::bind(&instance.dir.socket(names::PAGER_SOCKET))?;
+    Ok(IncomingFirecracker {
+        instance,
+        socket,
+        load: None,
+        mappings: Vec::new(),
+    })
+}
+
+impl IncomingFirecracker {
+    /// The VMM's process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.instance.process.pid()
+    }
+
+    /// Who this is.
+    #[must_use]
+    pub fn identity(&self) -> &VmmIdentity {
+        &self.instance.identity
+    }
+
+    /// Begins to load a device state, until Firecracker has handed its page faults over. They must
+    /// be served from then on.
+    ///
+    /// # Errors
+    /// Firecracker refuses the state, dies over it, or hands over something else.
+    pub async fn hand_over(&mut self, vmstate: &[u8]) -> Result<Handshake> {
+        let path = self.instance.dir.join(names::STATE);
+        let written = fs::write(&path, vmstate).await;
+        written.map_err(|source| file_error("device state", &path, source))?;
+        let api = self.instance.api.clone();
+        // Sockets and drives are found by name in this machine's directory: nothing to override.
+        let body = json!({
+            "snapshot_path": names::STATE,
+            "mem_backend": { "backend_path": names::PAGER_SOCKET, "backend_type": "Uffd" },
+            "resume_vm": false,
+        });
+        let mut load =
+            tokio::spawn(async move { api.put("/snapshot/load", &body, LOAD_DEADLINE).await });
+        let received = self.socket.receive(
+            self.instance.process.pid(),
+            self.instance.memory_bytes,
+            HANDSHAKE_DEADLINE,
+        );
+        tokio::select! {
+            biased;
+            handshake = received => {
+                let handshake = handshake?;
+                self.load = Some(load);
+                self.mappings.clone_from(&handshake.mappings);
+                Ok(handshake)
+            }
+            loaded = &mut load => Err(self.why_not(loaded).await),
+        }
+    }
+
+    async fn why_not(
+        &self,
+        loaded: std::result::Result<std::result::Result<(), ApiError>, tokio::task::JoinError>,
+    ) -> VmmError {
+        let outcome = match loaded {
+            Ok(outcome) => outcome,
+            Err(join) => return no_load(join.to_string()),
+        };
+        match self
+            .instance
+            .explain("/snapshot/load", async { outcome })
+            .await
+        {
+            Ok(()) => no_load("it asked nobody for its memory".to_owned()),
+            Err(VmmError::Api {
+                source: ApiError::Refused { fault_message, .. },
+            }) => no_load(fault_message),
+            Err(error) => error,
+        }
+    }
+
+    /// Waits until Firecracker has ended, and says how.
+    pub async fn wait_exit(&self) -> VmmExit {
+        self.instance.process.wait_exit().await
+    }
+
+    /// Waits until the state is loaded. The machine is whole then, and still stopped; its agent's
+    /// channel connects when the vCPUs run.
+    ///
+    /// # Errors
+    /// Firecracker refuses the state or dies over it; it is killed then. Nothing was handed over.
+    pub async fn finish(mut self) -> Result<Box<dyn Vmm>> {
+        let Some(load) = self.load.take() else {
+            return Err(no_load("it was not asked to".to_owned()));
+        };
+        match load.await {
+            Ok(Ok(())) => {}
+            failed => return Err(self.why_not(failed).await),
+        }
+        let path = self.instance.dir.join(names::STATE);
+        if let Err(error) = fs::remove_file(&path).await {
+            tracing::debug!("the loaded device state stays behind: {error}");
+        }
+        self.instance.open_agent_channel()?;
+        Ok(Box::new(FirecrackerVm {
+            instance: self.instance,
+            mappings: self.mappings,
+        }))
+    }
+}
+
+fn no_load(reason: String) -> VmmError {
+    VmmError::State {
+        what: "load",
+        reason,
+    }
+}

@@ -1,0 +1,249 @@
+//! One Firecracker process, its directory and the lines to it.
+//!
+//! A machine has a directory of its own, which is Firecracker's working directory. Everything that a
+//! device state names lies there, by links where it belongs elsewhere. It is made empty by the
+//! caller, who also removes it.
+
+use std::fs::OpenOptions;
+use std::future::Future;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{OpenOptionsExt, symlink};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep};
+
+use crate::console::ConsoleLog;
+use crate::error::{Result, VmmError};
+use crate::firecracker::api::{Api, ApiError};
+use crate::firecracker::binary::FirecrackerBinary;
+use crate::firecracker::channel::{self, Carrier};
+use crate::firecracker::config::{self, names};
+use crate::host::check_room;
+use crate::machine::{MachineConfig, VmmIdentity};
+use crate::process::{Process, Spawn};
+
+/// How long any request but the slow ones may take: all of them are answered in milliseconds.
+pub(super) const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
+/// How long the API may take to come up: a few milliseconds on an idle host.
+const API_UP_DEADLINE: Duration = Duration::from_secs(30);
+const API_LOOK_INTERVAL: Duration = Duration::from_millis(2);
+/// How long we wait for the reason when a request breaks: a Firecracker that ends closes its socket
+/// some milliseconds before it is reaped.
+const REASON_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A machine's own directory. Its sockets are reached by the descriptor: a socket's path may have
+/// 107 bytes only, and a storage may lie deeper than that.
+#[derive(Debug)]
+pub(super) struct MachineDir {
+    path: PathBuf,
+    fd: OwnedFd,
+}
+
+impl MachineDir {
+    fn open(path: &Path) -> Result<Self> {
+        let opened = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
+            .open(path);
+        match opened {
+            Ok(dir) => Ok(Self {
+                path: path.to_owned(),
+                fd: dir.into(),
+            }),
+            Err(source) => Err(file_error("machine's directory", path, source)),
+        }
+    }
+
+    pub(super) fn join(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The short path of a socket in it, for this process.
+    pub(super) fn socket(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd()))
+    }
+
+    /// Makes `target` known under `name`.
+    pub(super) fn link(&self, role: &'static str, target: &Path, name: &str) -> Result<()> {
+        // Looked at first: Firecracker's own messages do not say which role a file has.
+        let linked = std::fs::canonicalize(target).and_then(|target| {
+            let path = self.join(name);
+            if target == path {
+                return Ok(());
+            }
+            symlink(target, path)
+        });
+        linked.map_err(|source| file_error(role, target, source))
+    }
+}
+
+pub(super) fn file_error(role: &'static str, path: &Path, source: io::Error) -> VmmError {
+    VmmError::File {
+        role,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// A Firecracker whose API answers. It has no machine yet.
+#[derive(Debug)]
+pub(super) struct Instance {
+    pub(super) identity: VmmIdentity,
+    pub(super) process: Process,
+    pub(super) memory_bytes: u64,
+    pub(super) dir: MachineDir,
+    pub(super) api: Api,
+    agent: Mutex<Option<UnixStream>>,
+    carrier: Mutex<Option<Carrier>>,
+}
+
+/// `GET /`.
+#[derive(Debug, Deserialize)]
+struct InstanceInfo {
+    state: String,
+}
+
+impl Instance {
+    pub(super) async fn start(
+        binary: &FirecrackerBinary,
+        machine: &MachineConfig,
+        dir: &Path,
+        console_log: &Path,
+    ) -> Result<Self> {
+        machine.check()?;
+        config::check(machine)?;
+        check_room(machine.memory_bytes)?;
+        let dir = MachineDir::open(dir)?;
+        dir.link("base image", &machine.base_image, names::BASE_IMAGE)?;
+        dir.link(
+            "writable disk",
+            &machine.writable_disk,
+            names::WRITABLE_DISK,
+        )?;
+        let console_log = ConsoleLog::create(console_log)?;
+        let (console, stdout) = StdUnixStream::pair().map_err(|source| VmmError::Host {
+            what: "make a socket pair",
+            source,
+        })?;
+        let process = Process::spawn(Spawn {
+            program: binary.path.clone(),
+            args: config::arguments(),
+            dir: dir.path.clone(),
+            fds: Vec::new(),
+            stdout: Some(stdout.into()),
+            console,
+            console_log,
+        })
+        .await?;
+        let api = Api::at(&dir.socket(names::API_SOCKET));
+        let instance = Self {
+            identity: binary.identity(),
+            process,
+            memory_bytes: machine.memory_bytes,
+            dir,
+            api,
+            agent: Mutex::new(None),
+            carrier: Mutex::new(None),
+        };
+        instance.wait_for_api().await?;
+        Ok(instance)
+    }
+
+    async fn wait_for_api(&self) -> Result<()> {
+        let deadline = Instant::now() + API_UP_DEADLINE;
+        loop {
+            match self.api.get::<Value>("/version", REQUEST_DEADLINE).await {
+                Ok(_) => return Ok(()),
+                Err(ApiError::Connect { .. }) if Instant::now() < deadline => {}
+                Err(error) => {
+                    return Err(match self.process.wait_exit_for(REASON_PATIENCE).await {
+                        Some(exit) => VmmError::Start { exit: exit.into() },
+                        None => error.into(),
+                    });
+                }
+            }
+            if let Some(exit) = self.process.exited() {
+                return Err(VmmError::Start { exit: exit.into() });
+            }
+            sleep(API_LOOK_INTERVAL).await;
+        }
+    }
+
+    /// Makes the channel to the guest's agent, and begins to try for it.
+    pub(super) fn open_agent_channel(&self) -> Result<()> {
+        let opened = channel::open(self.dir.socket(names::VSOCK));
+        let (agent, carrier) = opened.map_err(|source| VmmError::Host {
+            what: "make the agent's channel",
+            source,
+        })?;
+        *self.agent.lock().unwrap_or_else(PoisonError::into_inner) = Some(agent);
+        *self.carrier.lock().unwrap_or_else(PoisonError::into_inner) = Some(carrier);
+        Ok(())
+    }
+
+    /// A state was taken, so the guest has been told that its connections are over.
+    pub(super) fn reconnect_agent(&self) {
+        let carrier = self.carrier.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(carrier) = &*carrier {
+            carrier.begin_anew();
+        }
+    }
+
+    pub(super) fn take_agent_channel(&self) -> Option<UnixStream> {
+        self.agent
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    /// Sets something before the start.
+    pub(super) async fn put(&self, path: &'static str, body: &Value) -> Result<()> {
+        self.explain(path, self.api.put(path, body, REQUEST_DEADLINE))
+            .await
+    }
+
+    /// Lets the vCPUs run or stand still.
+    pub(super) async fn set_running(&self, running: bool) -> Result<()> {
+        let state = if running { "Resumed" } else { "Paused" };
+        let body = json!({ "state": state });
+        let request = self.api.patch("/vm", Some(&body), REQUEST_DEADLINE);
+        self.explain("/vm", request).await
+    }
+
+    /// `Running`, `Paused` or `Not started`.
+    pub(super) async fn state(&self) -> Result<String> {
+        let info = self.api.get::<InstanceInfo>("/", REQUEST_DEADLINE);
+        Ok(self.explain("/", info).await?.state)
+    }
+
+    /// Does `work`; a Firecracker that died meanwhile is reported as such, with what it said.
+    pub(super) async fn explain<T>(
+        &self,
+        what: &'static str,
+        work: impl Future<Output = std::result::Result<T, ApiError>> + Send,
+    ) -> Result<T> {
+        let died = |exit| VmmError::Died {
+            what,
+            exit: Box::new(exit),
+        };
+        if let Some(exit) = self.process.exited() {
+            return Err(died(exit));
+        }
+        match work.await {
+            Err(error @ (ApiError::Connect { .. } | ApiError::Broken { .. })) => {
+                match self.process.wait_exit_for(REASON_PATIENCE).await {
+                    Some(exit) => Err(died(exit)),
+                    None => Err(error.into()),
+                }
+            }
+            result => Ok(result?),
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! A machine that runs, or could.
+//!
+//! Taking the device state *writes to guest memory*: Firecracker tells the guest that its vsock
+//! connections are over, in the vsock's event queue. So memory, and the set of written pages, must be
+//! taken after the state, or a resumed guest waits on a connection that is none.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde_json::json;
+use tokio::fs;
+use tokio::net::UnixStream;
+
+use crate::error::{Result, VmmError};
+use crate::firecracker::api::ApiError;
+use crate::firecracker::balloon::{InstalledBalloon, install_balloon};
+use crate::firecracker::binary::FirecrackerBinary;
+use crate::firecracker::config::{self, names, ram_layout};
+use crate::firecracker::drain::drain_balloon;
+use crate::firecracker::instance::{Instance, REQUEST_DEADLINE};
+use crate::firecracker::memory::locate;
+use crate::machine::{BootSource, MachineConfig, VmmIdentity};
+use crate::memory::{GuestMemory, MemoryMapping, RamSegment};
+use crate::vmm::{DiscardedBytes, DrainReport, Vmm, VmmExit};
+
+/// The largest device state. A small guest's has 20 to 40 KB.
+const STATE_BYTES_MAX: u64 = 64 << 20;
+/// What Firecracker is told to write the guest's memory to: its directory, which no one can write
+/// to as a file.
+const NOWHERE: &str = ".";
+/// Firecracker's words when it cannot (`MemoryBackingFile`): the device state is complete by then.
+const NOWHERE_REFUSED: &str = "memory backing file";
+
+/// A Firecracker with a guest in it.
+#[derive(Debug)]
+pub(super) struct FirecrackerVm {
+    pub(super) instance: Instance,
+    /// Where it has its guest's memory.
+    pub(super) mappings: Vec<MemoryMapping>,
+}
+
+/// Boots a machine in `dir`, an empty directory that is its alone. It runs when this returns;
+/// whether its guest comes up is for the caller to see, by the agent's channel. The console goes to
+/// `console_log`, which is bounded and starts empty. Says what balloon was installed.
+///
+/// # Errors
+/// The machine is impossible, a file is missing, the host has no room, Firecracker refuses
+/// something or ends at once (its last words are in the error).
+pub async fn boot(
+    binary: &FirecrackerBinary,
+    machine: &MachineConfig,
+    boot: &BootSource,
+    dir: &Path,
+    console_log: &Path,
+) -> Result<(Box<dyn Vmm>, InstalledBalloon)> {
+    let requests = config::requests(machine, boot)?;
+    let instance = Instance::start(binary, machine, dir, console_log).await?;
+    instance.dir.link("kernel", &boot.kernel, names::KERNEL)?;
+    if let Some(initramfs) = &boot.initramfs {
+        instance
+            .dir
+            .link("initramfs", initramfs, names::INITRAMFS)?;
+    }
+    for (path, body) in &requests {
+        instance.put(path, body).await?;
+    }
+    let balloon = install_balloon(
+        &instance.api,
+        binary.version,
+        machine.free_page_reporting,
+        REQUEST_DEADLINE,
+    );
+    let balloon = instance.explain("/balloon", balloon).await?;
+    instance
+        .put("/actions", &json!({ "action_type": "InstanceStart" }))
+        .await?;
+    instance.open_agent_channel()?;
+    let command_line = config::kernel_command_line(machine, boot)?;
+    let mappings = locate(
+        instance.process.pid(),
+        &ram_layout(instance.memory_bytes),
+        &command_line,
+    )?;
+    let vm = FirecrackerVm { instance, mappings };
+    Ok((Box::new(vm), balloon))
+}
+
+impl FirecrackerVm {
+    /// Memory that the guest holds on the host: what is resident of its mappings.
+    fn held_bytes(&self) -> u64 {
+        self.memory()
+            .and_then(|memory| memory.held_bytes())
+            .unwrap_or_else(|error| {
+                tracing::debug!("cannot look at the guest's memory: {error}");
+                0
+            })
+    }
+
+    /// Takes the device state without the memory. Firecracker writes the state first, then opens
+    /// the memory's file, which it cannot: so the guest stands still for the state alone, and
+    /// nothing of its memory is copied twice.
+    async fn save_to_file(&self) -> Result<()> {
+        let body = json!({
+            "snapshot_type": "Full",
+            "snapshot_path": names::STATE,
+            "mem_file_path": NOWHERE,
+        });
+        let api = &self.instance.api;
+        let save = api.put("/snapshot/create", &body, REQUEST_DEADLINE);
+        let saved = self.instance.explain("/snapshot/create", save).await;
+        let reason = match saved {
+            Err(VmmError::Api {
+                source: ApiError::Refused { fault_message, .. },
+            }) if fault_message.contains(NOWHERE_REFUSED) => return Ok(()),
+            Err(VmmError::Api {
+                source: ApiError::Refused { fault_message, .. },
+            }) => fault_message,
+            Err(error) => return Err(error),
+            Ok(()) => "it wrote the guest's memory into a directory".to_owned(),
+        };
+        Err(VmmError::State {
+            what: "save",
+            reason,
+        })
+    }
+}
+
+#[async_trait]
+impl Vmm for FirecrackerVm {
+    fn identity(&self) -> &VmmIdentity {
+        &self.instance.identity
+    }
+
+    fn pid(&self) -> u32 {
+        self.instance.process.pid()
+    }
+
+    fn is_alive(&self) -> bool {
+        self.instance.process.exited().is_none()
+    }
+
+    fn memory(&self) -> Result<GuestMemory> {
+        if let Some(exit) = self.instance.process.exited() {
+            return Err(VmmError::Died {
+                what: "find the guest's memory",
+                exit: exit.into(),
+            });
+        }
+        Ok(GuestMemory {
+            memfd: None,
+            len_bytes: self.instance.memory_bytes,
+            pid: self.pid(),
+            mappings: self.mappings.clone(),
+        })
+    }
+
+    fn ram(&self) -> Vec<RamSegment> {
+        ram_layout(self.instance.memory_bytes)
+    }
+
+    fn take_agent_channel(&self) -> Option<UnixStream> {
+        self.instance.take_agent_channel()
+    }
+
+    async fn stop_vcpus(&self) -> Result<()> {
+        self.instance.set_running(false).await
+    }
+
+    async fn resume_vcpus(&self) -> Result<()> {
+        self.instance.set_running(true).await
+    }
+
+    async fn save_state(&self) -> Result<Vec<u8>> {
+        let state = self.instance.state().await?;
+        if state != "Paused" {
+            return Err(VmmError::WrongState {
+                what: "save the device state",
+                state,
+            });
+        }
+        let path = self.instance.dir.join(names::STATE);
+        let failed = |source: io::Error| VmmError::File {
+            role: "device state",
+            path: path.clone(),
+            source,
+        };
+        let saved = self.save_to_file().await;
+        self.instance.reconnect_agent();
+        saved?;
+        let len = fs::metadata(&path).await.map_err(failed)?.len();
+        if len > STATE_BYTES_MAX {
+            return Err(VmmError::StateTooLarge {
+                limit_bytes: usize::try_from(STATE_BYTES_MAX).unwrap_or(usize::MAX),
+            });
+        }
+        let bytes = fs::read(&path).await.map_err(failed)?;
+        // One that is left over must never be taken for a newer one.
+        fs::remove_file(&path).await.map_err(failed)?;
+        Ok(bytes)
+    }
+
+    async fn drain(&self, ceiling: Duration, discarded: Option<DiscardedBytes<'_>>) -> DrainReport {
+        let held = || self.held_bytes();
+        drain_balloon(&self.instance.api, ceiling, &held, discarded).await
+    }
+
+    async fn wait_exit(&self) -> VmmExit {
+        self.instance.process.wait_exit().await
+    }
+
+    async fn kill(&self) -> Result<VmmExit> {
+        self.instance.process.kill().await
+    }
+}

@@ -1,0 +1,249 @@
+//! Reading a guest's memory from outside, whichever VMM has it.
+//!
+//! Two kinds: a memfd of ours, whose holes are absent pages, and memory that is private to the VMM,
+//! read by /proc/PID/mem. In both, what is absent must not be read blindly: of a memfd it says
+//! nothing but zero, and in private memory under userfaultfd a read *waits for the page*, for ever
+//! if it is the pager itself that reads. So [`GuestReader::present`] comes first.
+//!
+//! The vCPUs must stand still, and discards must have settled: presence is looked at, not locked.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{SeekFrom, seek};
+
+use crate::error::{Result, VmmError};
+use crate::memory::{GuestMemory, MemoryMapping, allocated_bytes};
+
+const PAGE_BYTES: u64 = 4096;
+/// Bit 63 of a pagemap entry: present; bit 62: swapped out
+/// (Documentation/admin-guide/mm/pagemap.rst).
+const ENTRY_THERE: u64 = 3 << 62;
+const ENTRY_BYTES: u64 = 8;
+/// Entries that are read at once: 64 KiB of them speak of 32 MiB of memory.
+const ENTRIES_PER_READ: u64 = 8192;
+
+/// A guest's memory, open for reading by guest offset.
+#[derive(Debug)]
+pub enum GuestReader {
+    /// A memfd.
+    Memfd(File),
+    /// Private memory of a process.
+    Process {
+        /// Its /proc/PID/mem.
+        mem: File,
+        /// Its /proc/PID/pagemap.
+        pagemap: File,
+        /// Where the guest's memory lies in it, by guest offset.
+        mappings: Vec<MemoryMapping>,
+    },
+}
+
+impl GuestMemory {
+    /// Opens the memory for reading.
+    ///
+    /// # Errors
+    /// The VMM is gone, or may not be looked into.
+    pub fn reader(&self) -> Result<GuestReader> {
+        let failed = |source| VmmError::Host {
+            what: "open the guest's memory",
+            source,
+        };
+        if let Some(memfd) = &self.memfd {
+            return Ok(GuestReader::Memfd(
+                memfd.try_clone().map_err(failed)?.into(),
+            ));
+        }
+        let open = |name: &str| File::open(format!("/proc/{}/{name}", self.pid)).map_err(failed);
+        Ok(GuestReader::Process {
+            mem: open("mem")?,
+            pagemap: open("pagemap")?,
+            mappings: self.mappings.clone(),
+        })
+    }
+
+    /// Host memory that the guest holds now, in bytes.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::reader`].
+    pub fn held_bytes(&self) -> Result<u64> {
+        let failed = |source| VmmError::Host {
+            what: "look at the guest's memory",
+            source,
+        };
+        if let Some(memfd) = &self.memfd {
+            return allocated_bytes(memfd).map_err(failed);
+        }
+        let present = self.reader()?.present().map_err(failed)?;
+        Ok(present.iter().map(|run| run.end - run.start).sum())
+    }
+}
+
+impl GuestReader {
+    /// The stretches of guest memory (bytes, whole pages, in order) that the host holds.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn present(&self) -> io::Result<Vec<Range<u64>>> {
+        let mut runs = Runs::default();
+        match self {
+            Self::Memfd(file) => present_in_file(file, &mut runs)?,
+            Self::Process {
+                pagemap, mappings, ..
+            } => {
+                for mapping in mappings {
+                    present_in_mapping(pagemap, mapping, &mut runs)?;
+                }
+            }
+        }
+        Ok(runs.0)
+    }
+
+    /// Reads from this guest offset. In private memory every page must be present.
+    ///
+    /// # Errors
+    /// The stretch lies outside the guest's memory, or what the system says.
+    pub fn read_exact_at(&self, buf: &mut [u8], guest_offset: u64) -> io::Result<()> {
+        match self {
+            Self::Memfd(file) => file.read_exact_at(buf, guest_offset),
+            Self::Process { mem, mappings, .. } => {
+                let (mut at, mut rest) = (guest_offset, buf);
+                while !rest.is_empty() {
+                    let (addr, left) = host_addr(mappings, at)?;
+                    let len = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
+                    let (now, later) = rest.split_at_mut(len);
+                    mem.read_exact_at(now, addr)?;
+                    at += len as u64;
+                    rest = later;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Where a guest offset is mapped, and how much of the mapping is left from there.
+fn host_addr(mappings: &[MemoryMapping], guest_offset: u64) -> io::Result<(u64, u64)> {
+    mappings
+        .iter()
+        .find_map(|mapping| {
+            let skip = guest_offset.checked_sub(mapping.guest_offset_bytes)?;
+            let left = mapping
+                .len_bytes
+                .checked_sub(skip)
+                .filter(|left| *left > 0)?;
+            Some((mapping.host_addr + skip, left))
+        })
+        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+}
+
+/// Runs in order; one that touches the last makes it longer.
+#[derive(Debug, Default)]
+struct Runs(Vec<Range<u64>>);
+
+impl Runs {
+    fn add(&mut self, start: u64, end: u64) {
+        match self.0.last_mut() {
+            Some(last) if last.end == start => last.end = end,
+            _ => self.0.push(start..end),
+        }
+    }
+}
+
+fn present_in_file(file: &File, runs: &mut Runs) -> io::Result<()> {
+    let mut at = 0;
+    loop {
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // Nothing but holes from here on.
+            Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(file, SeekFrom::Hole(start))?;
+        at = end.next_multiple_of(PAGE_BYTES);
+        runs.add(start / PAGE_BYTES * PAGE_BYTES, at);
+    }
+}
+
+fn present_in_mapping(pagemap: &File, mapping: &MemoryMapping, runs: &mut Runs) -> io::Result<()> {
+    let pages = mapping.len_bytes / PAGE_BYTES;
+    let first_entry = mapping.host_addr / PAGE_BYTES * ENTRY_BYTES;
+    let mut buf = vec![0; usize::try_from(ENTRIES_PER_READ * ENTRY_BYTES).unwrap_or(0)];
+    let mut page = 0;
+    while page < pages {
+        let entries = ENTRIES_PER_READ.min(pages - page);
+        let bytes = usize::try_from(entries * ENTRY_BYTES).unwrap_or(0);
+        let buf = &mut buf[..bytes];
+        pagemap.read_exact_at(buf, first_entry + page * ENTRY_BYTES)?;
+        let (words, _) = buf.as_chunks::<8>();
+        for (word, page) in words.iter().zip(page..) {
+            if u64::from_le_bytes(*word) & ENTRY_THERE != 0 {
+                let start = mapping.guest_offset_bytes + page * PAGE_BYTES;
+                runs.add(start, start + PAGE_BYTES);
+            }
+        }
+        page += entries;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::create_memfd;
+
+    #[test]
+    fn both_kinds_of_memory_show_the_same_pages_and_bytes() {
+        let memfd = create_memfd(64 * PAGE_BYTES).unwrap();
+        let file = File::from(memfd.try_clone().unwrap());
+        file.write_all_at(&[7; 8192], 10 * PAGE_BYTES).unwrap();
+        file.write_all_at(&[9; 10], 50 * PAGE_BYTES + 5).unwrap();
+        let of_file = GuestReader::Memfd(file);
+
+        // This process's own memory, in two mappings that are swapped in guest order.
+        let mut map = anonymous(64);
+        let base = map.as_mut_ptr().addr() as u64;
+        map[42 * 4096..44 * 4096].fill(7);
+        map[18 * 4096 + 5..18 * 4096 + 15].fill(9);
+        let half = 32 * PAGE_BYTES;
+        let memory = GuestMemory {
+            memfd: None,
+            len_bytes: 64 * PAGE_BYTES,
+            pid: std::process::id(),
+            mappings: vec![
+                MemoryMapping {
+                    host_addr: base + half,
+                    len_bytes: half,
+                    guest_offset_bytes: 0,
+                },
+                MemoryMapping {
+                    host_addr: base,
+                    len_bytes: half,
+                    guest_offset_bytes: half,
+                },
+            ],
+        };
+        let of_process = memory.reader().unwrap();
+        let page = |from: u64, to: u64| from * PAGE_BYTES..to * PAGE_BYTES;
+        for reader in [&of_file, &of_process] {
+            assert_eq!(reader.present().unwrap(), [page(10, 12), page(50, 51)]);
+            let mut bytes = [0; 20];
+            reader.read_exact_at(&mut bytes, 50 * PAGE_BYTES).unwrap();
+            assert_eq!(bytes[..5], [0; 5]);
+            assert_eq!(bytes[5..15], [9; 10]);
+            let mut beyond = [0; 1];
+            assert!(reader.read_exact_at(&mut beyond, 64 * PAGE_BYTES).is_err());
+        }
+        assert_eq!(memory.held_bytes().unwrap(), 3 * PAGE_BYTES);
+    }
+
+    /// Anonymous memory without a page in it.
+    fn anonymous(pages: usize) -> memmap2::MmapMut {
+        memmap2::MmapOptions::new()
+            .len(pages * 4096)
+            .map_anon()
+            .unwrap()
+    }
+}
