@@ -43,7 +43,8 @@ pub mod proto {
 /// `/dev/virtio-ports/<name>`: the guest finds it by `/sys/class/virtio-ports/*/name`.
 pub const AGENT_PORT_NAME: &str = "torpor.agent";
 
-/// The vsock port of the channel where the VMM has no virtio-serial (Firecracker).
+/// The vsock port of the channel where the VMM has no virtio-serial (Firecracker). Whoever is accepted
+/// there is greeted with one zero byte.
 pub const AGENT_VSOCK_PORT: u32 = 1024;
 
 /// Guest port that names envd itself. Nobody listens on it over TCP: envd answers in process.

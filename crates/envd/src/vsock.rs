@@ -30,6 +30,10 @@ use crate::console::say;
 const DRIVER_DIR: &str = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport";
 /// Hosts that wait for the one before them.
 const BACKLOG: i32 = 4;
+/// Said to each host first, so that it knows that its connection lives: the guest's kernel ends some
+/// of those that were asked for around a snapshot, and tells the host nothing. To the link it is an
+/// empty packet.
+const GREETING: [u8; 1] = [0];
 /// How long a failed accept is slept over: it fails for want of memory or descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -88,6 +92,10 @@ impl Listener {
                     continue;
                 }
             };
+            // One that was cut off while it waited to be accepted.
+            if (&*host).write_all(&GREETING).is_err() {
+                continue;
+            }
             self.set_current(Some(Arc::clone(&host)));
             let taken = read_host(&host, incoming);
             self.set_current(None);

@@ -6,19 +6,21 @@
 //! the start, as on QEMU.
 //!
 //! A connection does not survive a snapshot, not even in the machine that goes on: Firecracker tells
-//! the guest so when it saves its state. So the carrier is told to begin anew right after that, while
-//! the vCPUs stand still; what is to be said waits in the socket pair meanwhile. When the guest's side
-//! ends by itself, it is connected to again as well: bytes that were under way are lost then, and a
-//! channel that notices must be opened anew by its owner.
+//! the guest so when it saves its state, by an event that the guest's kernel takes in *after* the
+//! connections that were asked for while it stood still (seen), and ends those as well, without a
+//! word to the host. So the carrier lets go when a state is taken, connects when the vCPUs run
+//! again, and believes a connection only when the agent has greeted on it with one zero byte. What is
+//! to be said waits in the socket pair meanwhile. When the guest's side ends by itself, it is
+//! connected to again as well: bytes that were under way are lost then, and who misses an answer must
+//! open the channel anew.
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
 use tokio::net::UnixStream;
-use tokio::sync::Notify;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
@@ -28,6 +30,10 @@ use crate::firecracker::config::AGENT_VSOCK_PORT;
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 /// How long one try may take. A guest whose vCPUs stand still answers nothing.
 const TRY_DEADLINE: Duration = Duration::from_secs(5);
+/// How long the agent may take to greet. One that does not has lost the connection.
+const GREETING_DEADLINE: Duration = Duration::from_secs(1);
+/// What it says: an empty packet to those who read packets.
+const GREETING: u8 = 0;
 /// `OK 4294967295\n` is the longest answer.
 const ANSWER_BYTES_MAX: usize = 32;
 
@@ -35,7 +41,7 @@ const ANSWER_BYTES_MAX: usize = 32;
 #[derive(Debug)]
 pub(super) struct Carrier {
     task: JoinHandle<()>,
-    anew: Arc<Notify>,
+    reachable: watch::Sender<bool>,
 }
 
 impl Drop for Carrier {
@@ -45,26 +51,25 @@ impl Drop for Carrier {
 }
 
 impl Carrier {
-    /// Lets go of the guest's end, and tries for a new one.
-    pub(super) fn begin_anew(&self) {
-        self.anew.notify_one();
+    /// Says whether the guest can be connected to; what is connected is let go when it cannot.
+    pub(super) fn set_reachable(&self, reachable: bool) {
+        self.reachable.send_replace(reachable);
     }
 }
 
 /// Makes the channel: our end of it, and what carries the other.
-pub(super) fn open(vsock: PathBuf) -> io::Result<(UnixStream, Carrier)> {
+pub(super) fn open(vsock: PathBuf, reachable: bool) -> io::Result<(UnixStream, Carrier)> {
     let (ours, theirs) = UnixStream::pair()?;
-    let anew = Arc::new(Notify::new());
-    let told = Arc::clone(&anew);
-    let task = tokio::spawn(async move { carry(theirs, &vsock, &told).await });
-    Ok((ours, Carrier { task, anew }))
+    let (reachable, watched) = watch::channel(reachable);
+    let task = tokio::spawn(carry(theirs, vsock, watched));
+    Ok((ours, Carrier { task, reachable }))
 }
 
-/// Until our end is closed.
-async fn carry(mut theirs: UnixStream, vsock: &Path, anew: &Notify) {
+/// Until our end is closed, or the carrier dropped.
+async fn carry(mut theirs: UnixStream, vsock: PathBuf, mut reachable: watch::Receiver<bool>) {
     let (mut from_us, mut to_us) = theirs.split();
-    loop {
-        let mut guest = connect(vsock).await;
+    while reachable.wait_for(|reachable| *reachable).await.is_ok() {
+        let mut guest = connect(&vsock).await;
         let (mut from_guest, mut to_guest) = guest.split();
         tokio::select! {
             ended = copy(&mut from_us, &mut to_guest) => if ended.is_ok() {
@@ -73,7 +78,7 @@ async fn carry(mut theirs: UnixStream, vsock: &Path, anew: &Notify) {
             ended = copy(&mut from_guest, &mut to_us) => {
                 tracing::debug!(?ended, "the guest's end of the agent's channel is closed");
             }
-            () = anew.notified() => {}
+            _ = reachable.wait_for(|reachable| !*reachable) => {}
         }
     }
 }
@@ -100,10 +105,14 @@ async fn try_connect(vsock: &Path) -> io::Result<UnixStream> {
         }
         answer.push(stream.read_u8().await?);
     }
-    if answer.starts_with(b"OK ") {
-        Ok(stream)
-    } else {
-        Err(io::Error::other("refused by the guest"))
+    if !answer.starts_with(b"OK ") {
+        return Err(io::Error::other("refused by the guest"));
+    }
+    match timeout(GREETING_DEADLINE, stream.read_u8()).await {
+        Ok(Ok(GREETING)) => Ok(stream),
+        Ok(Ok(_)) => Err(io::Error::other("something else listens in the guest")),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(io::ErrorKind::TimedOut.into()),
     }
 }
 
@@ -117,7 +126,7 @@ mod tests {
     async fn the_guest_is_tried_until_its_agent_listens_and_nothing_is_lost() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vsock.sock");
-        let (mut ours, carrier) = open(path.clone()).unwrap();
+        let (mut ours, carrier) = open(path.clone(), true).unwrap();
         ours.write_all(b"said early\n").await.unwrap();
 
         let listener = UnixListener::bind(&path).unwrap();
@@ -126,7 +135,7 @@ mod tests {
             if refused {
                 continue;
             }
-            stream.write_all(b"OK 1073741824\nhello\n").await.unwrap();
+            stream.write_all(b"OK 1073741824\n\0hello\n").await.unwrap();
             let mut line = String::new();
             stream.read_line(&mut line).await.unwrap();
             assert_eq!(line, "said early\n");
@@ -135,13 +144,17 @@ mod tests {
             assert_eq!(&heard, b"hello\n");
 
             // A snapshot: what is said now is for the next connection.
-            carrier.begin_anew();
+            carrier.set_reachable(false);
             line.clear();
             assert_eq!(stream.read_line(&mut line).await.unwrap(), 0);
         }
         ours.write_all(b"said meanwhile\n").await.unwrap();
+        carrier.set_reachable(true);
+        // One that dies without a word is not believed.
+        let mut silent = accept(&listener).await;
+        silent.write_all(b"OK 1073741824\n").await.unwrap();
         let mut stream = accept(&listener).await;
-        stream.write_all(b"OK 1073741825\n").await.unwrap();
+        stream.write_all(b"OK 1073741825\n\0").await.unwrap();
         let mut line = String::new();
         stream.read_line(&mut line).await.unwrap();
         assert_eq!(line, "said meanwhile\n");

@@ -157,7 +157,7 @@ impl IncomingFirecracker {
         if let Err(error) = fs::remove_file(&path).await {
             tracing::debug!("the loaded device state stays behind: {error}");
         }
-        self.instance.open_agent_channel()?;
+        self.instance.open_agent_channel(false)?;
         Ok(Box::new(FirecrackerVm {
             instance: self.instance,
             mappings: self.mappings,

@@ -176,9 +176,9 @@ impl Instance {
         }
     }
 
-    /// Makes the channel to the guest's agent, and begins to try for it.
-    pub(super) fn open_agent_channel(&self) -> Result<()> {
-        let opened = channel::open(self.dir.socket(names::VSOCK));
+    /// Makes the channel to the guest's agent, and begins to try for it when the vCPUs run.
+    pub(super) fn open_agent_channel(&self, running: bool) -> Result<()> {
+        let opened = channel::open(self.dir.socket(names::VSOCK), running);
         let (agent, carrier) = opened.map_err(|source| VmmError::Host {
             what: "make the agent's channel",
             source,
@@ -188,11 +188,12 @@ impl Instance {
         Ok(())
     }
 
-    /// A state was taken, so the guest has been told that its connections are over.
-    pub(super) fn reconnect_agent(&self) {
+    /// Whether the agent can be connected to: not from the moment a state is taken, which ends the
+    /// guest's connections, until the vCPUs run again.
+    pub(super) fn set_agent_reachable(&self, reachable: bool) {
         let carrier = self.carrier.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(carrier) = &*carrier {
-            carrier.begin_anew();
+            carrier.set_reachable(reachable);
         }
     }
 

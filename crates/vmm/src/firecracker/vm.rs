@@ -76,7 +76,7 @@ pub async fn boot(
     instance
         .put("/actions", &json!({ "action_type": "InstanceStart" }))
         .await?;
-    instance.open_agent_channel()?;
+    instance.open_agent_channel(true)?;
     let command_line = config::kernel_command_line(machine, boot)?;
     let mappings = locate(
         instance.process.pid(),
@@ -169,7 +169,9 @@ impl Vmm for FirecrackerVm {
     }
 
     async fn resume_vcpus(&self) -> Result<()> {
-        self.instance.set_running(true).await
+        self.instance.set_running(true).await?;
+        self.instance.set_agent_reachable(true);
+        Ok(())
     }
 
     async fn save_state(&self) -> Result<Vec<u8>> {
@@ -187,7 +189,7 @@ impl Vmm for FirecrackerVm {
             source,
         };
         let saved = self.save_to_file().await;
-        self.instance.reconnect_agent();
+        self.instance.set_agent_reachable(false);
         saved?;
         let len = fs::metadata(&path).await.map_err(failed)?.len();
         if len > STATE_BYTES_MAX {

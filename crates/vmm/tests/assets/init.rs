@@ -64,7 +64,11 @@ fn serve() {
             loop {
                 let fd = unsafe { accept(listener, std::ptr::null_mut(), std::ptr::null_mut()) };
                 if fd >= 0 {
-                    converse(unsafe { File::from_raw_fd(fd) }, &mut kept, false);
+                    let mut host = unsafe { File::from_raw_fd(fd) };
+                    // Greets, as envd does.
+                    if host.write_all(&[0]).is_ok() {
+                        converse(host, &mut kept, false);
+                    }
                 }
             }
         }
