@@ -69,7 +69,9 @@ pub(super) fn open(vsock: PathBuf, reachable: bool) -> io::Result<(UnixStream, C
 async fn carry(mut theirs: UnixStream, vsock: PathBuf, mut reachable: watch::Receiver<bool>) {
     let (mut from_us, mut to_us) = theirs.split();
     while reachable.wait_for(|reachable| *reachable).await.is_ok() {
-        let mut guest = connect(&vsock).await;
+        let Some(mut guest) = connect(&vsock).await else {
+            return;
+        };
         let (mut from_guest, mut to_guest) = guest.split();
         tokio::select! {
             ended = copy(&mut from_us, &mut to_guest) => if ended.is_ok() {
@@ -83,13 +85,15 @@ async fn carry(mut theirs: UnixStream, vsock: PathBuf, mut reachable: watch::Rec
     }
 }
 
-/// Until it works: whoever waits for the agent has a deadline, and ends this task.
-async fn connect(vsock: &Path) -> UnixStream {
+/// Until it works: whoever waits for the agent has a deadline, and ends this task. `None`: the socket
+/// is there and nobody behind it, so Firecracker has ended.
+async fn connect(vsock: &Path) -> Option<UnixStream> {
     loop {
-        if let Ok(Ok(stream)) = timeout(TRY_DEADLINE, try_connect(vsock)).await {
-            return stream;
+        match timeout(TRY_DEADLINE, try_connect(vsock)).await {
+            Ok(Ok(stream)) => return Some(stream),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => return None,
+            Ok(Err(_)) | Err(_) => sleep(RETRY_INTERVAL).await,
         }
-        sleep(RETRY_INTERVAL).await;
     }
 }
 
@@ -162,6 +166,15 @@ mod tests {
         drop(ours);
         line.clear();
         assert_eq!(stream.read_line(&mut line).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_channel_to_a_firecracker_that_has_ended_is_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        let (mut ours, _carrier) = open(path, true).unwrap();
+        assert_eq!(ours.read(&mut [0; 1]).await.unwrap(), 0);
     }
 
     async fn accept(listener: &UnixListener) -> BufReader<UnixStream> {

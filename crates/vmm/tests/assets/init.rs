@@ -158,7 +158,10 @@ fn answer(words: &[&str], kept: &mut Vec<u8>) -> String {
             hash(&bytes[..1])
         }
         ["write", disk, offset, len, byte] => {
-            let file = OpenOptions::new().write(true).open(disk).unwrap();
+            let file = match OpenOptions::new().write(true).open(disk) {
+                Ok(file) => file,
+                Err(e) => return e.to_string(),
+            };
             let bytes = vec![byte.parse().unwrap(); len.parse().unwrap()];
             let written = file.write_all_at(&bytes, offset.parse().unwrap());
             match written.and_then(|()| file.sync_all()) {
