@@ -306,7 +306,7 @@ async fn a_guest_is_resumed_three_generations_deep_with_its_memory_as_it_was() {
     let Some(binary) = binary() else { return };
     let mut lab = Lab::new(binary.clone());
     let (mut guest, _) = lab.boot(false, "").await;
-    let mut kept = guest.ask("keep 16").await;
+    let mut kept = guest.ask("keep 4").await;
     assert_eq!(guest.ask("write /dev/vdb 1048576 4096 0").await, "ok");
     guest.ask("churn 64").await;
     let mut pager: Option<(Pager, Arc<Image>)> = None;
@@ -351,7 +351,7 @@ async fn a_guest_is_resumed_three_generations_deep_with_its_memory_as_it_was() {
         pager = Some((serving, image));
         lab = next;
         // The next generation differs: other memory, another disk.
-        kept = guest.ask("keep 16").await;
+        kept = guest.ask("keep 4").await;
         let write = format!("write /dev/vdb 1048576 4096 {generation}");
         assert_eq!(guest.ask(&write).await, "ok");
         let disk = fs::read(lab.host.path("layer.img")).unwrap();
