@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 # `setup build` is an order: with -j, too. (cargo uses all cores by itself.)
 .NOTPARALLEL:
-.PHONY: setup build demo test test-long bench lint clean help
+.PHONY: setup setup-tests build demo test test-long bench lint clean help
 
 TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 # Tests boot the same static agent as the programs do, not the one that `cargo test` links beside them.
@@ -21,10 +21,13 @@ build: ## build the programs and the guest's agent
 demo: setup build ## run the main job on a real guest: target/demo/report.json and report.svg
 	@$(TARGET_DIR)/release/torpor-demo
 
-test: setup build ## run every test, real guests included
+setup-tests: ## the set-up with what only tests need
+	@scripts/setup --tests
+
+test: setup-tests build ## run every test, real guests included
 	@cargo test --locked --workspace
 
-test-long: setup build ## the same with the models run for thousands of cases, and tests that take long
+test-long: setup-tests build ## the same with the models run for thousands of cases, and tests that take long
 	@PROPTEST_CASES=5000 cargo test --locked --workspace -- --include-ignored
 
 bench: setup build ## measure, against the bars that the README names

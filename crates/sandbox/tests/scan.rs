@@ -55,6 +55,41 @@ async fn the_scan_finds_exactly_the_pages_that_the_guest_calls_free() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_scan_is_exact_for_a_kernel_that_lies_anywhere_and_has_five_level_tables() {
+    let host = host().await;
+    for series in kernels() {
+        let packed = packed_kernel(&series);
+        let request = BootRequest {
+            kernel: packed.path().to_str().unwrap().to_owned(),
+            vcpus: 2,
+            ..boot_request("scan")
+        };
+        let sandbox = boot(&host, request).await.unwrap();
+        let text = sh(&sandbox, "grep ' _text$' /proc/kallsyms").await;
+        sh(&sandbox, "grep -qw la57 /proc/cpuinfo").await;
+        agrees_with_its_guest(&host, &sandbox, &format!("Linux {series}, {text}")).await;
+        sandbox.end().await;
+    }
+}
+
+/// The kernel as its package has it: its decompressor places it at random and, on a processor that
+/// has them, turns five-level tables on. (What torpor boots is unpacked, and stays where it was
+/// linked to.)
+fn packed_kernel(series: &str) -> tempfile::TempDir {
+    use std::os::unix::fs::symlink;
+    let from = torpor_sandbox::assets::default_dir()
+        .unwrap()
+        .join("kernels")
+        .join(series);
+    let dir = tempfile::tempdir().unwrap();
+    symlink(from.join("bzImage"), dir.path().join("vmlinux")).unwrap();
+    for name in ["config", "release", "modules", "modules.order"] {
+        symlink(from.join(name), dir.path().join(name)).unwrap();
+    }
+    dir
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_scan_of_a_lazily_resumed_guest_is_exact_and_brings_nothing_in() {
     let host = host().await;
     let mut cleanup = Cleanup(host.storage(), Vec::new());

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use torpor_build::{BuildId, Name};
+use torpor_build::{BuildId, Digest, Name};
 use torpor_pager::WriteTracking;
 
 use crate::signal::PauseSignal;
@@ -81,6 +81,18 @@ pub(crate) enum Command {
         after_help = "Examples:\n  torpor delete-build 7d3f…\n  torpor delete-build 7d3f… --json"
     )]
     DeleteBuild(DeleteBuildArgs),
+
+    /// List the base images and how many builds need each
+    #[command(
+        after_help = "Examples:\n  torpor list-images\n  torpor list-images --json | jq -r '.images[] | select(.builds == []) | .image'"
+    )]
+    ListImages,
+
+    /// Delete a base image that no build needs
+    #[command(
+        after_help = "Examples:\n  torpor delete-image 6d0f…\n  torpor delete-image --unused"
+    )]
+    DeleteImage(DeleteImageArgs),
 }
 
 const CREATE_EXAMPLES: &str = "\
@@ -334,6 +346,18 @@ pub(crate) struct DeleteBuildArgs {
     /// An id, or the name of a template (the name goes with its build)
     #[arg(value_name = "ID")]
     pub(crate) build: String,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("which").required(true).args(["image", "unused"]))]
+pub(crate) struct DeleteImageArgs {
+    /// The image's digest, as `torpor list-images` shows it
+    #[arg(value_name = "DIGEST")]
+    pub(crate) image: Option<Digest>,
+
+    /// Every image that no build needs
+    #[arg(long)]
+    pub(crate) unused: bool,
 }
 
 /// `512M`, `4G`, `1048576`: bytes, with an optional K, M, G or T (powers of 1024).

@@ -18,6 +18,7 @@ mod doctor;
 mod error;
 mod fph_bench;
 mod guest_command;
+mod images;
 mod inspect_build;
 mod inspect_memory;
 mod interrupt;
@@ -101,6 +102,8 @@ async fn dispatch(context: &Context, command: Command) -> Result<(), CliError> {
         Command::InspectMemory(args) => inspect_memory::run(context, args).await,
         Command::ListBuilds => list_builds::run(context).await,
         Command::DeleteBuild(args) => delete_build::run(context, args).await,
+        Command::ListImages => images::list(context).await,
+        Command::DeleteImage(args) => images::delete(context, args).await,
     }
 }
 
