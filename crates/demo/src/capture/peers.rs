@@ -23,6 +23,7 @@ use torpor_sandbox::host::Host;
 use super::fragmented::nonfree_bytes;
 use super::pauses::pause_as;
 use super::stopped::MemoryFile;
+use super::zoneinfo::PerCpuLists;
 use crate::arms::{Arm, RECLAIM_DRAIN, SCAN_REFS};
 use crate::limits::{self, Limit};
 use crate::templates::{Kind, boot_guest};
@@ -62,6 +63,8 @@ impl Stored {
 pub struct Peers {
     /// The guest's own count of what is not free, before the stop.
     pub nonfree_bytes: u64,
+    /// The guest's per-CPU lists then: pages that nobody owns and that are on no free list.
+    pub per_cpu: PerCpuLists,
     /// Ours first.
     pub ways: Vec<Stored>,
     /// What the machine can do with as many bytes as ours.
@@ -75,16 +78,17 @@ pub struct Peers {
 /// # Errors
 /// A guest does not boot or does not pause, or the disk is full.
 pub async fn run(host: &Host, dir: &Path, watch: &Watch) -> Result<Peers> {
-    let (nonfree_bytes, mut ways) = {
+    let (nonfree_bytes, per_cpu, mut ways) = {
         let _stage = watch.stage("one stopped guest, stored in several ways");
         let sandbox = worked(host, Kind::Silent, watch).await?;
+        let zoneinfo = guest_work::shell(sandbox.envd(), "cat /proc/zoneinfo").await?;
         let nonfree = nonfree_bytes(&sandbox).await?;
         sandbox.vmm().stop_vcpus().await?;
         let memory = MemoryFile::of(sandbox.vmm())?;
         let mut ways = tokio::task::block_in_place(|| peers(&memory, dir))?;
         sandbox.vmm().resume_vcpus().await?;
         ways.insert(0, paused(sandbox, host, SCAN_REFS, watch).await?);
-        (nonfree, ways)
+        (nonfree, PerCpuLists::parse(&zoneinfo), ways)
     };
     {
         let _stage = watch.stage("the same with reclaim and drain");
@@ -94,6 +98,7 @@ pub async fn run(host: &Host, dir: &Path, watch: &Watch) -> Result<Peers> {
     let ours = ways.first().context("no way to store a guest")?.bytes;
     Ok(Peers {
         nonfree_bytes,
+        per_cpu,
         ways,
         limit: limits::measure(ours, dir)?,
         limit_full: limits::measure(GUEST_MEMORY_BYTES, dir)?,

@@ -12,6 +12,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use torpor_anatomy::{GuestKernel, NoteLocation};
 use torpor_build::{BuildId, PAGE_SIZE};
@@ -59,6 +60,10 @@ pub struct ScanRow {
     pub scan: RunTimes,
     /// Their median for a GiB.
     pub ms_per_gib: f64,
+    /// The median of the thread's processor time: what a scan costs whoever else uses the machine.
+    pub cpu_ms: f64,
+    /// That for a GiB.
+    pub cpu_ms_per_gib: f64,
     /// Bytes that a scan reads, and in how many reads.
     pub bytes_read: u64,
     /// See there.
@@ -183,6 +188,8 @@ async fn scan_guest(sandbox: &Sandbox, host: &Host, state: &'static str) -> Resu
         first_ms: times.first_ms,
         scan,
         ms_per_gib: per_gib(scan.median_ms, memory_bytes),
+        cpu_ms: times.cpu_ms,
+        cpu_ms_per_gib: per_gib(times.cpu_ms, memory_bytes),
         bytes_read: times.bytes_read,
         reads: times.reads,
         same_reads_ms: times.same_reads_ms,
@@ -194,6 +201,7 @@ async fn scan_guest(sandbox: &Sandbox, host: &Host, state: &'static str) -> Resu
 struct Times {
     first_ms: f64,
     scans_ms: Vec<f64>,
+    cpu_ms: f64,
     bytes_read: u64,
     reads: usize,
     same_reads_ms: f64,
@@ -202,30 +210,43 @@ struct Times {
 
 fn time_scans(memory: &MemoryFile, note: NoteLocation) -> Result<(Times, u64)> {
     let mut free_pages = 0;
-    let mut scan = || -> Result<f64> {
-        let since = Instant::now();
+    let mut scan = || -> Result<(f64, f64)> {
+        let (since, cpu_before_ms) = (Instant::now(), thread_cpu_ms());
         let kernel = GuestKernel::find(memory, note)?;
         let free = kernel.free_pages(memory)?;
         let ms = elapsed_ms(since);
         free_pages = black_box(&free).buddy_pages;
-        Ok(ms)
+        Ok((ms, thread_cpu_ms() - cpu_before_ms))
     };
-    let first_ms = scan()?;
+    let (first_ms, _) = scan()?;
     let reads = memory.recorded();
-    let mut scans_ms = Vec::with_capacity(SCANS);
+    let (mut scans_ms, mut cpu_ms) = (Vec::with_capacity(SCANS), Vec::with_capacity(SCANS));
     for _ in 0..SCANS {
-        scans_ms.push(scan()?);
+        let (ms, of_cpu_ms) = scan()?;
+        scans_ms.push(ms);
+        cpu_ms.push(of_cpu_ms);
         memory.recorded();
     }
     let times = Times {
         first_ms,
         scans_ms,
+        cpu_ms: RunTimes::of(&cpu_ms).context("no scans")?.median_ms,
         bytes_read: reads.iter().map(|(_, len)| *len as u64).sum(),
         reads: reads.len(),
         same_reads_ms: time_reads(memory, &reads)?,
         whole_array_ms: time_reads(memory, &whole_array(memory, &reads)?)?,
     };
     Ok((times, free_pages))
+}
+
+/// Processor time that this thread has had.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "a thread runs for less than 2^52 ns"
+)]
+fn thread_cpu_ms() -> f64 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.tv_sec as f64 * 1e3 + time.tv_nsec as f64 / 1e6
 }
 
 /// As many bytes as the page array has, from its lowest place on.

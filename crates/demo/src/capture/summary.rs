@@ -158,12 +158,13 @@ fn scan_lines(scan: &ScanTimes) -> Vec<Line> {
     ]
 }
 
-/// The dearest GiB to the cheapest one, over the sizes.
+/// The dearest GiB to the cheapest one, over the sizes: by processor time, since what else the machine
+/// does is not linear.
 fn spread(rows: &[ScanRow], state: &str) -> Option<f64> {
     let times = rows
         .iter()
         .filter(|row| row.state == state)
-        .map(|row| row.ms_per_gib);
+        .map(|row| row.cpu_ms_per_gib);
     let max = times.clone().fold(f64::NAN, f64::max);
     let min = times.fold(f64::NAN, f64::min);
     (min > 0.0).then(|| max / min)

@@ -1,5 +1,6 @@
 //! Everything that was measured, for a person: the summary first, then a table for each part.
 
+use torpor_build::PAGE_SIZE;
 use torpor_sandbox::pause::report::PauseStep;
 
 use super::fragmented::Fragmented;
@@ -61,9 +62,12 @@ pub fn scan(scan: &ScanTimes) -> String {
         "scan, ms",
         "state",
         "first",
+        "min",
         "median",
         "p95",
         "per GiB",
+        "CPU",
+        "CPU per GiB",
         "same reads",
         "whole array",
         "read, MiB",
@@ -74,9 +78,12 @@ pub fn scan(scan: &ScanTimes) -> String {
             size(row.memory_bytes),
             row.state.to_owned(),
             figure(Some(row.first_ms)),
+            figure(Some(row.scan.min_ms)),
             figure(Some(row.scan.median_ms)),
             figure(Some(row.scan.p95_ms)),
             figure(Some(row.ms_per_gib)),
+            figure(Some(row.cpu_ms)),
+            figure(Some(row.cpu_ms_per_gib)),
             figure(Some(row.same_reads_ms)),
             figure(Some(row.whole_array_ms)),
             format!("{:.2}", mib(row.bytes_read)),
@@ -230,7 +237,11 @@ pub fn warm(warm: &Warm) -> String {
             middle.to_string(),
         ]
     };
-    let rows = [row("kept", &warm.kept), row("dropped", &warm.dropped)];
+    let rows = [
+        row("kept", &warm.kept),
+        row("dropped", &warm.dropped),
+        row("kept, resumed eagerly", &warm.eager),
+    ];
     let heading = format!("{}, ms", warm.command);
     let columns = [
         &heading,
@@ -272,7 +283,11 @@ pub fn peers(peers: &Peers) -> String {
             format!("{:.3}", (limit.memcpy_ms + limit.write_sync_ms) / 1e3),
         ]
     });
-    let heading = format!("one guest ({:.1} MiB not free)", mib(peers.nonfree_bytes));
+    let heading = format!(
+        "one guest ({:.1} MiB not free, {:.1} of them on per-CPU lists)",
+        mib(peers.nonfree_bytes),
+        mib(peers.per_cpu.count * PAGE_SIZE as u64)
+    );
     let columns = [
         &heading,
         "on disk, MiB",

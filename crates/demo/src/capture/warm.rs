@@ -5,7 +5,9 @@
 //! pauses differ in the reclaim alone. Both builds are resumed in turns, after one resume each that
 //! is not counted, so that the host's page cache is equally warm for both. The command is run twice
 //! in each resumed guest: the second time nothing is cold, and only the guest's own work is left,
-//! which is the limit.
+//! which is the limit of any resume. The build with the page cache is also resumed eagerly: then no
+//! page is faulted in and no file is read, and what its first command takes beyond the second is the
+//! VMM's own (an emulator translates the guest's code anew in each process).
 
 use std::time::{Duration, Instant};
 
@@ -47,6 +49,29 @@ pub struct WarmSeries {
     pub first_ms: Vec<f64>,
 }
 
+/// A build of an arm, and how it is resumed.
+#[derive(Debug, Clone, Copy)]
+struct Kind {
+    arm: usize,
+    eager: bool,
+}
+
+/// In turns: kept, dropped, kept and eager.
+const KINDS: [Kind; 3] = [
+    Kind {
+        arm: 0,
+        eager: false,
+    },
+    Kind {
+        arm: 1,
+        eager: false,
+    },
+    Kind {
+        arm: 0,
+        eager: true,
+    },
+];
+
 /// Kept, and dropped.
 #[derive(Debug, Clone, Serialize)]
 pub struct Warm {
@@ -56,6 +81,8 @@ pub struct Warm {
     pub kept: WarmSeries,
     /// Page cache dropped.
     pub dropped: WarmSeries,
+    /// Page cache kept, all memory filled before the guest starts.
+    pub eager: WarmSeries,
 }
 
 /// Measures both.
@@ -73,21 +100,22 @@ pub async fn run(
     for arm in ARMS {
         builds.push(prepare(host, templates, arm, watch).await?);
     }
-    let mut runs = [Vec::new(), Vec::new()];
+    let mut runs = KINDS.map(|_| Vec::new());
     for iteration in 0..=iterations {
-        for (build, runs) in builds.iter().zip(&mut runs) {
-            let run = resume_and_run(host, build).await?;
+        for (kind, runs) in KINDS.iter().zip(&mut runs) {
+            let run = resume_and_run(host, &builds[kind.arm], kind.eager).await?;
             if iteration > 0 {
                 runs.push(run);
             }
         }
     }
-    let [kept, dropped] = runs;
+    let [kept, dropped, eager] = runs;
     let [kept_arm, dropped_arm] = ARMS;
     Ok(Warm {
         command: COMMAND,
         kept: WarmSeries::of(kept_arm.name, &kept)?,
         dropped: WarmSeries::of(dropped_arm.name, &dropped)?,
+        eager: WarmSeries::of(kept_arm.name, &eager)?,
     })
 }
 
@@ -108,8 +136,12 @@ struct Run {
     faults: u64,
 }
 
-async fn resume_and_run(host: &Host, build: &BuildId) -> Result<Run> {
-    let (sandbox, report) = Box::pin(resume(host, build, &ResumeOptions::default())).await?;
+async fn resume_and_run(host: &Host, build: &BuildId, eager: bool) -> Result<Run> {
+    let options = ResumeOptions {
+        eager,
+        ..ResumeOptions::default()
+    };
+    let (sandbox, report) = Box::pin(resume(host, build, &options)).await?;
     let faulted = || sandbox.pager_stats().map_or(0, |stats| stats.faults);
     let before = faulted();
     let first_ms = command_ms(&sandbox).await?;
