@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 # `setup build` is an order: with -j, too. (cargo uses all cores by itself.)
 .NOTPARALLEL:
-.PHONY: setup setup-tests build demo test test-long bench lint clean help
+.PHONY: setup setup-tests build demo test test-long bench bench-capture lint clean help
 
 TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 # Tests boot the same static agent as the programs do, not the one that `cargo test` links beside them.
@@ -32,6 +32,9 @@ test-long: setup-tests build ## the same with the models run for thousands of ca
 
 bench: setup build ## measure, against the bars that the README names
 	@$(TARGET_DIR)/release/torpor-bench
+
+bench-capture: setup build ## measure the free-page scan and the references, beside their peers: target/bench-capture/report.json and report.svg
+	@$(TARGET_DIR)/release/torpor-bench-capture
 
 lint: ## formatting, clippy and rustdoc, all without warnings
 	@cargo fmt --all --check && cargo clippy --locked --workspace --all-targets -- -D warnings && RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
