@@ -8,6 +8,8 @@
 //! - `machine`: the page states and waiting faults, pure
 //! - `service`: events and faults; the one lock, and why
 //! - `bulk`: many pages at once: neighbours, prefetch
+//! - `around`: how much is filled around a fault, pure
+//! - `file_source`: a raw memory file as a source
 //! - `threads`: reader, worker, prefetcher
 //! - `pager`: what the owner calls
 //! - `kernel`, `uffd`, `pagemap`: the kernel's side; all unsafe code is in the last two
@@ -15,16 +17,12 @@
 //! It knows neither VMMs nor builds. It does not create the VMM's userfaultfd, kill a VMM that it
 //! cannot serve (it says so, see [`FailureSignal`]), read or write a build, or serve huge pages.
 //! It never makes up content: a page that cannot be read is a failure.
-//!
-//! One window is left, on shared memfds only. The VMM punches its hole without telling, so a page
-//! that was installed in that moment is punched again when the discard's event arrives. Should
-//! the reader be kept from running between the two for so long that the VMM finishes the discard,
-//! the guest gets its page back and writes to it, that write is lost. The kernel offers no way to
-//! see an event before the discarding thread is let go.
 
+mod around;
 mod bulk;
 mod error;
 mod failure;
+mod file_source;
 mod kernel;
 mod machine;
 #[cfg(test)]
@@ -39,14 +37,15 @@ mod threads;
 mod uffd;
 mod working_set;
 
-pub use bulk::READ_PAGES_MAX;
+pub use bulk::{FILL_PAGES_MAX, READ_PAGES_MAX};
 pub use error::{PagerError, PagerFailure};
 pub use failure::FailureSignal;
+pub use file_source::FileSource;
 pub use kernel::Backing;
 pub use machine::DirtyPages;
 pub use page_set::{PAGE_SIZE, PageRun, PageSet};
 pub use pager::{Pager, PagerConfig};
-pub use source::{PageSource, SourceKind, SourceRun};
+pub use source::{Content, Mapped, PageSource, SourceKind, SourceRun};
 pub use stats::PagerStats;
 pub use uffd::{Region, Uffd, WriteTracking};
 pub use working_set::{WORKING_SET_PAGES_MAX, WORKING_SET_RUNS_MAX};

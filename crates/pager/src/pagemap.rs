@@ -21,6 +21,8 @@ const SWAPPED: u64 = 1 << 4;
 
 /// Bit 63 of a plain entry: present. Bit 62: swapped out.
 const ENTRY_THERE: u64 = 3 << 62;
+/// Bit 57: write-protected through userfaultfd, also where only a marker is left of the page.
+const ENTRY_PROTECTED: u64 = 1 << 57;
 const ENTRY_BYTES: u64 = 8;
 
 /// Runs that one PAGEMAP_SCAN returns. 24 bytes each: 24 KiB of buffer, and a guest whose every
@@ -139,6 +141,14 @@ impl Pagemap {
             from = arg.walk_end;
         }
         Ok(())
+    }
+
+    /// Whether a page carries write-protection, mapped or not.
+    pub(crate) fn protected(&self, addr: u64) -> io::Result<bool> {
+        let mut entry = [0; 8];
+        let offset = addr / PAGE_SIZE_U64 * ENTRY_BYTES;
+        self.file.read_exact_at(&mut entry, offset)?;
+        Ok(u64::from_le_bytes(entry) & ENTRY_PROTECTED != 0)
     }
 
     /// Every page in `start..end` that is present or swapped out, by the plain file.

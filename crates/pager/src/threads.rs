@@ -4,18 +4,19 @@
 //! there is something to prefetch.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
-
-use rustix::event::{PollFd, PollFlags, Timespec};
+use std::time::{Duration, Instant};
 
 use crate::error::PagerFailure;
 use crate::service::{AGAIN_PAUSE, Service, State};
 
 /// How often the reader looks for overdue faults while any fault waits.
 const WATCH_PERIOD: Duration = Duration::from_millis(250);
+
+/// How long the reader polls for the next event before it sleeps, while they come thick. About
+/// the time that a guest thread needs from being woken to its next fault, with some room.
+const POLL_MAX: Duration = Duration::from_micros(50);
 
 /// A thread's stack: the reader holds one batch of events, 2 KiB; a source may need more.
 const STACK_BYTES: usize = 256 * 1024;
@@ -55,43 +56,83 @@ impl Drop for PanicAlarm<'_> {
     }
 }
 
-/// Waits for events and takes them in. Never waits for a worker or for storage.
-pub(crate) fn reader(service: &Service, uffd: &OwnedFd) {
-    let mut faults_wait = false;
+/// Waits for events, takes them in and serves what is at hand. Never waits for a worker or for
+/// storage.
+pub(crate) fn reader(service: &Service) {
+    let mut pace = Pace::default();
     loop {
-        let timeout = if faults_wait {
-            Timespec::try_from(WATCH_PERIOD).ok()
-        } else {
-            None
+        let turn = {
+            let mut state = service.lock();
+            if state.stopping {
+                return;
+            }
+            turn(service, &mut state)
         };
-        let mut fds = [
-            PollFd::new(uffd, PollFlags::IN),
-            PollFd::new(&service.nudge, PollFlags::IN),
-        ];
-        match rustix::event::poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return give_up(service, error.into()),
+        let waited = match turn {
+            Turn::Busy => {
+                service.give_way();
+                continue;
+            }
+            Turn::Quiet { timeout } => pace.wait(service, timeout),
+        };
+        if let Err(error) = waited {
+            return give_up(service, error);
         }
-        let [uffd_says, nudge_says] = fds.map(|fd| fd.revents());
-        if uffd_says.intersects(PollFlags::ERR | PollFlags::NVAL) {
-            return give_up(
-                service,
-                io::Error::other("the descriptor is no longer usable"),
-            );
-        }
-        if nudge_says.contains(PollFlags::IN) {
-            let mut count = [0; 8];
-            if let Err(error) = rustix::io::read(&service.nudge, &mut count) {
-                tracing::debug!(%error, "the nudge was taken already");
+    }
+}
+
+/// What the reader does next.
+enum Turn {
+    /// There is more to fill.
+    Busy,
+    /// Nothing to do until an event comes, or this time has passed.
+    Quiet { timeout: Option<Duration> },
+}
+
+/// Events and faults, then one piece of what nobody waits for.
+fn turn(service: &Service, state: &mut State) -> Turn {
+    if state.machine.has_aside() {
+        service.retry(state);
+    } else {
+        service.drain(state);
+    }
+    service.fill_around(state);
+    if !state.backlog.is_empty() {
+        return Turn::Busy;
+    }
+    service.watch(state);
+    let timeout = if state.machine.has_aside() && !state.vmm_gone {
+        Some(AGAIN_PAUSE)
+    } else if state.machine.waiting().0 > 0 {
+        Some(WATCH_PERIOD)
+    } else {
+        None
+    };
+    Turn::Quiet { timeout }
+}
+
+/// Decides between sleeping and polling. While faults come thick, waking up costs more than the
+/// fault: then the reader polls for a moment before it sleeps.
+#[derive(Debug, Default)]
+struct Pace {
+    /// The last wait ended soon, with an event.
+    thick: bool,
+}
+
+impl Pace {
+    fn wait(&mut self, service: &Service, timeout: Option<Duration>) -> io::Result<()> {
+        let started = Instant::now();
+        if self.thick {
+            while started.elapsed() < POLL_MAX {
+                if service.kernel.wait(Some(Duration::ZERO))? {
+                    return Ok(());
+                }
+                std::hint::spin_loop();
             }
         }
-        let mut state = service.lock();
-        if state.stopping {
-            return;
-        }
-        service.drain(&mut state);
-        service.watch(&mut state);
-        faults_wait = state.machine.waiting().0 > 0;
+        let events = service.kernel.wait(timeout)?;
+        self.thick = events && started.elapsed() < POLL_MAX;
+        Ok(())
     }
 }
 
@@ -102,7 +143,7 @@ fn give_up(service: &Service, error: io::Error) {
     service.rest.notify_all();
 }
 
-/// Serves faults that need storage, and tries again what the kernel put off.
+/// Serves faults that need storage.
 pub(crate) fn worker(service: &Service) {
     let mut buf = Vec::new();
     while let Some(page) = next_fault(service) {
@@ -123,26 +164,16 @@ fn next_fault(service: &Service) -> Option<u64> {
             }
             // A neighbour's worker brought it in meanwhile, or it was discarded.
             service.decide(&mut state, page);
+            if state.machine.has_aside() {
+                service.kernel.nudge();
+            }
             continue;
         }
-        state = wait_for_work(service, state);
-    }
-}
-
-fn wait_for_work<'a>(
-    service: &'a Service,
-    state: std::sync::MutexGuard<'a, State>,
-) -> std::sync::MutexGuard<'a, State> {
-    if !state.machine.has_aside() || state.vmm_gone {
-        return service
+        state = service
             .work
             .wait(state)
             .unwrap_or_else(PoisonError::into_inner);
     }
-    let waited = service.work.wait_timeout(state, AGAIN_PAUSE);
-    let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-    service.retry(&mut state);
-    state
 }
 
 /// Brings in what is queued for prefetching, then ends.
