@@ -86,6 +86,22 @@ impl Backlog {
         Some(PageRun::new(window.first_page, pages))
     }
 
+    /// Takes out the window that holds this page, if one does: its thread has caught up with the
+    /// filling. Returns what is left of it from the page on; what lies before it stays.
+    pub(crate) fn claim(&mut self, page: u64) -> Option<PageRun> {
+        let holds = |window: &PageRun| (window.first_page..window.end_page()).contains(&page);
+        let window = self.windows.remove(self.windows.iter().position(holds)?)?;
+        self.push(PageRun::new(window.first_page, page - window.first_page));
+        Some(PageRun::new(page, window.end_page() - page))
+    }
+
+    /// A window whose turn is now.
+    pub(crate) fn push_next(&mut self, window: PageRun) {
+        if window.pages > 0 {
+            self.windows.push_front(window);
+        }
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.windows.is_empty()
     }
@@ -420,7 +436,7 @@ pub(crate) fn slice(whole: PageRun, first_page: u64, pages: u64, data: &[u8]) ->
     &data[start..start + bytes(pages)]
 }
 
-fn bytes(pages: u64) -> usize {
+pub(crate) fn bytes(pages: u64) -> usize {
     usize::try_from(pages)
         .unwrap_or(usize::MAX)
         .saturating_mul(PAGE_SIZE)

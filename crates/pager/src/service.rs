@@ -36,12 +36,12 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::around::Around;
-use crate::bulk::{Backlog, slice};
+use crate::bulk::{Backlog, FILL_PAGES_MAX, bytes, slice};
 use crate::error::PagerFailure;
 use crate::failure::FailureSignal;
 use crate::kernel::{Event, Kernel};
 use crate::machine::{FaultKind, Machine, Need, Reason};
-use crate::page_set::{PAGE_SIZE, PageRun};
+use crate::page_set::{PAGE_SIZE_U64, PageRun};
 use crate::source::{Content, PageSource, SourceKind};
 use crate::stats::Counters;
 use crate::uffd::{Filled, WriteTracking};
@@ -262,27 +262,60 @@ impl Service {
     }
 
     /// Copies the page if it is at hand; a worker has to read it otherwise.
+    ///
+    /// A page inside a window that is being filled is asked for by a thread that has caught up
+    /// with the filling. It gets the next piece at once: with a single page it would be back
+    /// before the piece is there.
     fn install_data(&self, state: &mut State, page: u64, kind: FaultKind) {
-        let run = PageRun::new(page, 1);
+        let claimed = state.backlog.claim(page);
+        let run = match claimed {
+            Some(rest) if self.protects(kind) => self.data_from(state, page, rest),
+            _ => PageRun::new(page, 1),
+        };
         let mut scratch = std::mem::take(&mut state.scratch);
-        scratch.resize(PAGE_SIZE, 0);
+        scratch.resize(bytes(run.pages), 0);
         let filled = self.source.at_hand(run, &mut scratch).map(|content| {
             let protect = self.protects(kind);
             self.kernel.copy(page, content, protect)
         });
         state.scratch = scratch;
-        let window = state.around.window(page, self.region(page));
+        let window = claimed.unwrap_or_else(|| state.around.window(page, self.region(page)));
         match filled {
             None | Some(Ok(Filled::Missing)) => {
                 state.machine.enqueue(page, window);
                 self.work.notify_one();
             }
             Some(filled) => {
-                if self.fault_filled(state, page, kind, filled, SourceKind::Data) {
-                    state.backlog.push(window);
+                let done_pages = match &filled {
+                    Ok(Filled::Bytes(bytes)) => bytes / PAGE_SIZE_U64,
+                    _ => 1,
+                };
+                if !self.fault_filled(state, page, kind, filled, SourceKind::Data) {
+                    return;
+                }
+                let more = PageRun::new(page + 1, done_pages.saturating_sub(1));
+                self.count(state, more, SourceKind::Data, Reason::Neighbour);
+                match claimed {
+                    None => state.backlog.push(window),
+                    Some(rest) => {
+                        let pages = rest.pages.saturating_sub(done_pages);
+                        state
+                            .backlog
+                            .push_next(PageRun::new(rest.end_page() - pages, pages));
+                    }
                 }
             }
         }
+    }
+
+    /// The absent data pages from `page` on, at most one piece.
+    fn data_from(&self, state: &State, page: u64, window: PageRun) -> PageRun {
+        let data_pages = self.source.run_at(page).pages;
+        let most = window.pages.min(data_pages).min(FILL_PAGES_MAX);
+        let absent = (page..page + most)
+            .take_while(|page| state.machine.need(*page) == Need::Source)
+            .count() as u64;
+        PageRun::new(page, absent.max(1))
     }
 
     /// A discarded page is in the memory's file: a copy that came late. See the module.
@@ -354,8 +387,13 @@ impl Service {
     fn install_zero(&self, state: &mut State, page: u64, kind: FaultKind) {
         let filled = self.kernel.zero(PageRun::new(page, 1), self.protects(kind));
         if self.fault_filled(state, page, kind, filled, SourceKind::Zero) {
-            let window = state.around.window(page, self.region(page));
-            state.backlog.push(window);
+            match state.backlog.claim(page) {
+                Some(rest) => state.backlog.push_next(rest),
+                None => {
+                    let window = state.around.window(page, self.region(page));
+                    state.backlog.push(window);
+                }
+            }
         }
     }
 
