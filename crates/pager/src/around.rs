@@ -50,8 +50,9 @@ impl Around {
         }
     }
 
-    /// The window to fill for a fault at `page`, inside its region. It holds the page.
-    pub(crate) fn window(&mut self, page: u64, region: PageRun) -> PageRun {
+    /// The window to fill for a fault at `page`, inside its region. It holds the page. `shy`: only
+    /// a sequential hit fills more than the page.
+    pub(crate) fn window(&mut self, page: u64, region: PageRun, shy: bool) -> PageRun {
         let single = PageRun::new(page, 1);
         if self.base_pages == 1 {
             return single;
@@ -68,11 +69,15 @@ impl Around {
             stream.used = self.faults;
             PageRun::new(start_page, stream.pages)
         } else {
-            let aligned = PageRun::new(start_page, self.base_pages);
+            let aligned = if shy {
+                single
+            } else {
+                PageRun::new(start_page, self.base_pages)
+            };
             if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.used) {
                 *oldest = Stream {
                     end_page: aligned.end_page(),
-                    pages: self.base_pages,
+                    pages: aligned.pages.max(self.base_pages / 2),
                     used: self.faults,
                 };
             }
@@ -95,13 +100,13 @@ mod tests {
         let mut page = 1000;
         let mut lengths = Vec::new();
         for _ in 0..8 {
-            let window = around.window(page, REGION);
+            let window = around.window(page, REGION, false);
             lengths.push(window.pages);
             page = window.end_page();
         }
         assert_eq!(lengths, [16, 32, 64, 128, 256, 512, 512, 512]);
         assert_eq!(
-            around.window(500_003, REGION),
+            around.window(500_003, REGION, false),
             PageRun::new(500_000, 16),
             "aligned, around the page"
         );
@@ -113,19 +118,29 @@ mod tests {
         let mut walkers: Vec<u64> = (0..8).map(|walker| walker * 100_000).collect();
         for _ in 0..6 {
             for page in &mut walkers {
-                *page = around.window(*page, REGION).end_page();
+                *page = around.window(*page, REGION, false).end_page();
             }
         }
         for page in walkers {
-            assert_eq!(around.window(page, REGION).pages, AROUND_PAGES_MAX);
+            assert_eq!(around.window(page, REGION, false).pages, AROUND_PAGES_MAX);
         }
+    }
+
+    #[test]
+    fn a_shy_window_is_filled_for_sequential_hits_only() {
+        let mut around = Around::new(16);
+        let mut window = |page| around.window(page, REGION, true);
+        assert_eq!(window(1000), PageRun::new(1000, 1));
+        assert_eq!(window(5000), PageRun::new(5000, 1));
+        assert_eq!(window(1001), PageRun::new(992, 16));
+        assert_eq!(window(1008).pages, 32);
     }
 
     #[test]
     fn a_base_of_one_page_never_grows() {
         let mut around = Around::new(1);
         for page in 0..100 {
-            assert_eq!(around.window(page, REGION), PageRun::new(page, 1));
+            assert_eq!(around.window(page, REGION, false), PageRun::new(page, 1));
         }
     }
 
@@ -139,7 +154,7 @@ mod tests {
             let mut around = Around::new(base);
             for fault in faults {
                 let page = region.first_page + fault % region.pages;
-                let window = around.window(page, region);
+                let window = around.window(page, region, false);
                 prop_assert!((window.first_page..window.end_page()).contains(&page));
                 prop_assert!(window.first_page >= region.first_page);
                 prop_assert!(window.end_page() <= region.end_page());

@@ -65,6 +65,8 @@ pub(crate) trait Kernel: Send + Sync {
     fn map(&self, page: u64, written: bool) -> io::Result<Filled>;
     /// Installs zero pages, at most [`ZERO_PAGES_MAX`], and wakes.
     fn zero(&self, run: PageRun, protect: bool) -> io::Result<Filled>;
+    /// Whether a zero page that is installed takes memory of its own.
+    fn zeros_take_memory(&self) -> bool;
     /// Lets writes through to a page, and wakes.
     fn unprotect(&self, page: u64) -> io::Result<Filled>;
     /// Wakes whoever waits for a page.
@@ -305,12 +307,16 @@ impl Kernel for HostKernel {
 
     fn zero(&self, run: PageRun, protect: bool) -> io::Result<Filled> {
         let len_bytes = run.pages.min(ZERO_PAGES_MAX) * PAGE_SIZE_U64;
-        if self.tracking == WriteTracking::Off && matches!(self.backing, Backing::Anonymous) {
+        if !self.zeros_take_memory() {
             return self.uffd.zero(self.addr(run.first_page)?, len_bytes);
         }
         // ZEROPAGE cannot write-protect, and on shared memory it allocates a page all the same.
         let zeros = usize::try_from(len_bytes).unwrap_or(ZEROS.len());
         self.copy(run.first_page, Content::Bytes(&ZEROS[..zeros]), protect)
+    }
+
+    fn zeros_take_memory(&self) -> bool {
+        self.tracking != WriteTracking::Off || !matches!(self.backing, Backing::Anonymous)
     }
 
     fn unprotect(&self, page: u64) -> io::Result<Filled> {

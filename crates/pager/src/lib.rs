@@ -12,10 +12,13 @@
 //! - `file_source`: a raw memory file as a source
 //! - `threads`: reader, worker, prefetcher
 //! - `pager`: what the owner calls
-//! - `kernel`, `uffd`, `pagemap`: the kernel's side; all unsafe code is in the last two
+//! - [`handshake`], [`server`]: a page-fault handler of its own, for any VMM that speaks
+//!   Firecracker's handshake
+//! - `kernel`, `uffd`, `pagemap`: the kernel's side; unsafe code is in the last two and
+//!   in `file_source`
 //!
-//! It knows neither VMMs nor builds. It does not create the VMM's userfaultfd, kill a VMM that it
-//! cannot serve (it says so, see [`FailureSignal`]), read or write a build, or serve huge pages.
+//! Beyond that handshake it knows neither VMMs nor builds. It does not create the VMM's userfaultfd, kill a VMM that it
+//! cannot serve (it says so, see [`FailureSignal`]; the server does), read or write a build, or serve huge pages.
 //! It never makes up content: a page that cannot be read is a failure.
 
 mod around;
@@ -23,6 +26,7 @@ mod bulk;
 mod error;
 mod failure;
 mod file_source;
+pub mod handshake;
 mod kernel;
 mod machine;
 #[cfg(test)]
@@ -30,6 +34,7 @@ mod model;
 mod page_set;
 mod pagemap;
 mod pager;
+pub mod server;
 mod service;
 mod source;
 mod stats;
@@ -46,6 +51,6 @@ pub use machine::DirtyPages;
 pub use page_set::{PAGE_SIZE, PageRun, PageSet};
 pub use pager::{Pager, PagerConfig};
 pub use source::{Content, Mapped, PageSource, SourceKind, SourceRun};
-pub use stats::PagerStats;
+pub use stats::{Latencies, PagerStats};
 pub use uffd::{Region, Uffd, WriteTracking};
 pub use working_set::{WORKING_SET_PAGES_MAX, WORKING_SET_RUNS_MAX};

@@ -572,6 +572,10 @@ impl Kernel for SimKernel {
         Ok(())
     }
 
+    fn zeros_take_memory(&self) -> bool {
+        self.0.sim().shared
+    }
+
     fn region_around(&self, page: u64) -> Option<PageRun> {
         (page < PAGES).then_some(REGION)
     }

@@ -21,7 +21,7 @@ use crate::page_set::{PAGE_SIZE_U64, PageRun, PageSet};
 use crate::pagemap::Pagemap;
 use crate::service::Service;
 use crate::source::PageSource;
-use crate::stats::{Counters, PagerStats};
+use crate::stats::{Counters, Latencies, PagerStats};
 use crate::uffd::{Region, Uffd, WriteTracking};
 use crate::{threads, working_set};
 
@@ -403,6 +403,18 @@ impl Pager {
     pub fn stats(&self) -> PagerStats {
         let state = self.service.lock();
         state.counters.snapshot(state.machine.waiting().0)
+    }
+
+    /// How long the faults so far waited.
+    #[must_use]
+    pub fn latencies(&self) -> Latencies {
+        self.service.lock().counters.latencies.clone()
+    }
+
+    /// When a page was installed last.
+    #[must_use]
+    pub fn last_install(&self) -> Option<Instant> {
+        self.service.lock().counters.last_install
     }
 
     /// The signal that the pager had to give up on the guest, whose VMM must then be killed.

@@ -36,7 +36,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::around::Around;
-use crate::bulk::{Backlog, FILL_PAGES_MAX, bytes, slice};
+use crate::bulk::{Backlog, bytes, piece_pages, slice};
 use crate::error::PagerFailure;
 use crate::failure::FailureSignal;
 use crate::kernel::{Event, Kernel};
@@ -279,7 +279,7 @@ impl Service {
             self.kernel.copy(page, content, protect)
         });
         state.scratch = scratch;
-        let window = claimed.unwrap_or_else(|| state.around.window(page, self.region(page)));
+        let window = claimed.unwrap_or_else(|| state.around.window(page, self.region(page), false));
         match filled {
             None | Some(Ok(Filled::Missing)) => {
                 state.machine.enqueue(page, window);
@@ -311,7 +311,7 @@ impl Service {
     /// The absent data pages from `page` on, at most one piece.
     fn data_from(&self, state: &State, page: u64, window: PageRun) -> PageRun {
         let data_pages = self.source.run_at(page).pages;
-        let most = window.pages.min(data_pages).min(FILL_PAGES_MAX);
+        let most = window.pages.min(data_pages).min(piece_pages(window));
         let absent = (page..page + most)
             .take_while(|page| state.machine.need(*page) == Need::Source)
             .count() as u64;
@@ -390,7 +390,9 @@ impl Service {
             match state.backlog.claim(page) {
                 Some(rest) => state.backlog.push_next(rest),
                 None => {
-                    let window = state.around.window(page, self.region(page));
+                    // Zeros that take memory are not pressed on a guest that gives memory back.
+                    let shy = self.kernel.zeros_take_memory();
+                    let window = state.around.window(page, self.region(page), shy);
                     state.backlog.push(window);
                 }
             }
@@ -494,6 +496,7 @@ impl Service {
         for page in run.first_page..run.end_page() {
             state.machine.installed(page, reason);
         }
+        state.counters.last_install = Some(Instant::now());
         let stats = &mut state.counters.stats;
         match content {
             SourceKind::Zero => stats.pages_zeroed += run.pages,

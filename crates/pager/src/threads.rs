@@ -18,9 +18,12 @@ const WATCH_PERIOD: Duration = Duration::from_millis(250);
 /// the time that a guest thread needs from being woken to its next fault, with some room.
 const POLL_MAX: Duration = Duration::from_micros(50);
 
-/// Attempts at what the kernel puts off, each after letting others run, before a real pause. A
-/// discarding thread is mostly through after one or two.
-const YIELDS_PER_PAUSE: u32 = 16;
+/// How long what the kernel puts off is tried again without a pause, others going first each time:
+/// a discarding thread is mostly through within that, and every waiting fault waits for it.
+const YIELD_MAX: Duration = Duration::from_micros(300);
+
+/// The longest pause before what the kernel puts off is tried again.
+const AGAIN_PAUSE_MAX: Duration = Duration::from_millis(5);
 
 /// A thread's stack: the reader holds one batch of events, 2 KiB; a source may need more.
 const STACK_BYTES: usize = 256 * 1024;
@@ -129,20 +132,24 @@ fn turn(service: &Service, state: &mut State) -> Turn {
 struct Pace {
     /// The last wait ended soon, with an event.
     thick: bool,
-    /// Attempts at what the kernel puts off, one after the other.
-    again: u32,
+    /// Since when the kernel has been putting something off.
+    again_since: Option<Instant>,
 }
 
 impl Pace {
     fn wait_again(&mut self, service: &Service) -> io::Result<()> {
-        self.again += 1;
-        if self.again % YIELDS_PER_PAUSE != 0 {
+        let since = self.again_since.get_or_insert_with(Instant::now);
+        let waited = since.elapsed();
+        if waited < YIELD_MAX {
             return Ok(());
         }
-        service.kernel.wait(Some(AGAIN_PAUSE)).map(|_| ())
+        // A thread that has been stopped in the middle of its discard may take for ever.
+        let pause = (waited / 4).clamp(AGAIN_PAUSE, AGAIN_PAUSE_MAX);
+        service.kernel.wait(Some(pause)).map(|_| ())
     }
 
     fn wait(&mut self, service: &Service, timeout: Option<Duration>) -> io::Result<()> {
+        self.again_since = None;
         let started = Instant::now();
         if self.thick {
             while started.elapsed() < POLL_MAX {

@@ -44,6 +44,8 @@ fn number(name: &str, default: usize) -> usize {
     value.map_or(default, |value| value.parse().unwrap())
 }
 
+type Step = fn(&mut Bench);
+
 struct Bench {
     file: File,
     pages: usize,
@@ -107,7 +109,7 @@ impl Bench {
 
     fn round(&mut self) {
         let wanted = std::env::var("PAGER_BENCH_ONLY").unwrap_or_default();
-        let steps: [(&str, fn(&mut Self)); 5] = [
+        let steps: [(&str, Step); 5] = [
             ("limits", Self::limits),
             ("single", Self::single),
             ("all", Self::all),
