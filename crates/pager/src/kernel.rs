@@ -48,11 +48,22 @@ pub(crate) enum Event {
     Stray { host_addr: u64 },
 }
 
+/// What ended a wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waited {
+    /// There are events.
+    Events,
+    /// Somebody wants the reader to look at the state. Told once.
+    Nudged,
+    /// The time has passed.
+    TimedOut,
+}
+
 /// The kernel's side. All calls return at once; runs must lie inside one region.
 pub(crate) trait Kernel: Send + Sync {
-    /// Sleeps until there are events, or it is nudged, at most this long. Returns whether there
-    /// are events. The one call that waits; for the reader alone.
-    fn wait(&self, timeout: Option<Duration>) -> io::Result<bool>;
+    /// Sleeps until there are events, or it is nudged, at most this long. The one call that waits;
+    /// for the reader alone.
+    fn wait(&self, timeout: Option<Duration>) -> io::Result<Waited>;
     /// Ends the reader's wait, or the one that it begins next.
     fn nudge(&self);
     /// Hands over events that are queued. Returns whether there may be more.
@@ -251,7 +262,7 @@ impl Kernel for HostKernel {
         self.regions.around(page)
     }
 
-    fn wait(&self, timeout: Option<Duration>) -> io::Result<bool> {
+    fn wait(&self, timeout: Option<Duration>) -> io::Result<Waited> {
         let timeout = timeout.and_then(|time| Timespec::try_from(time).ok());
         let mut fds = [
             PollFd::new(&self.uffd, PollFlags::IN),
@@ -270,8 +281,13 @@ impl Kernel for HostKernel {
             if let Err(error) = rustix::io::read(&self.nudged, &mut count) {
                 tracing::debug!(%error, "a nudge was taken back");
             }
+            return Ok(Waited::Nudged);
         }
-        Ok(!uffd_says.is_empty())
+        Ok(if uffd_says.is_empty() {
+            Waited::TimedOut
+        } else {
+            Waited::Events
+        })
     }
 
     fn nudge(&self) {

@@ -19,7 +19,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use crate::failure::FailureSignal;
-use crate::kernel::{Event, Kernel};
+use crate::kernel::{Event, Kernel, Waited};
 use crate::machine::{DirtyPages, FaultKind, Machine, Need};
 use crate::page_set::{PAGE_SIZE, PageRun, PageSet};
 use crate::service::Service;
@@ -466,7 +466,7 @@ impl World {
 struct SimKernel(World);
 
 impl Kernel for SimKernel {
-    fn wait(&self, _timeout: Option<Duration>) -> io::Result<bool> {
+    fn wait(&self, _timeout: Option<Duration>) -> io::Result<Waited> {
         unreachable!("nobody waits in this model");
     }
 

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::error::PagerFailure;
+use crate::kernel::Waited;
 use crate::service::{AGAIN_PAUSE, Service, State};
 
 /// How often the reader looks for overdue faults while any fault waits.
@@ -145,7 +146,7 @@ impl Pace {
         }
         // A thread that has been stopped in the middle of its discard may take for ever.
         let pause = (waited / 4).clamp(AGAIN_PAUSE, AGAIN_PAUSE_MAX);
-        service.kernel.wait(Some(pause)).map(|_| ())
+        service.kernel.wait(Some(pause)).map(drop)
     }
 
     fn wait(&mut self, service: &Service, timeout: Option<Duration>) -> io::Result<()> {
@@ -153,14 +154,14 @@ impl Pace {
         let started = Instant::now();
         if self.thick {
             while started.elapsed() < POLL_MAX {
-                if service.kernel.wait(Some(Duration::ZERO))? {
+                if service.kernel.wait(Some(Duration::ZERO))? != Waited::TimedOut {
                     return Ok(());
                 }
                 std::hint::spin_loop();
             }
         }
-        let events = service.kernel.wait(timeout)?;
-        self.thick = events && started.elapsed() < POLL_MAX;
+        let waited = service.kernel.wait(timeout)?;
+        self.thick = waited == Waited::Events && started.elapsed() < POLL_MAX;
         Ok(())
     }
 }
