@@ -9,7 +9,7 @@
 //!
 //! Memory comes as the VMM registered it: private, without write tracking.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,7 +20,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use serde::Serialize;
 
 use crate::error::PagerError;
-use crate::handshake::{Handshake, HandshakeError, Peer, receive};
+use crate::handshake::{HANDSHAKE_MAX, Handshake, HandshakeError, Peer, receive};
 use crate::kernel::Backing;
 use crate::page_set::{PAGE_SIZE_U64, PageRun};
 use crate::pager::{Pager, PagerConfig};
@@ -134,7 +134,8 @@ pub struct Server {
     stop: Arc<OwnedFd>,
     arrived: Arc<Arrivals>,
     vmms: Vec<Vmm>,
-    handshakes: usize,
+    /// Connections whose handshake is under way, by their number.
+    handshakes: HashMap<u64, UnixStream>,
     accepted: u64,
     latencies: Latencies,
     busy: Duration,
@@ -144,7 +145,7 @@ pub struct Server {
 /// Where handshake threads leave what they got.
 #[derive(Debug)]
 struct Arrivals {
-    queue: Mutex<Vec<Result<Vmm, String>>>,
+    queue: Mutex<Vec<(u64, Result<Vmm, String>)>>,
     event: OwnedFd,
 }
 
@@ -181,7 +182,7 @@ impl Server {
                 event: event()?,
             }),
             vmms: Vec::new(),
-            handshakes: 0,
+            handshakes: HashMap::new(),
             accepted: 0,
             latencies: Latencies::default(),
             busy: Duration::ZERO,
@@ -202,6 +203,7 @@ impl Server {
     /// The socket fails. VMMs that were served have been killed.
     pub fn run(mut self, gone: &mut dyn FnMut(&ServerReport)) -> io::Result<ServerReport> {
         let served = self.serve(gone);
+        self.end_handshakes();
         for vmm in std::mem::take(&mut self.vmms) {
             self.end(vmm, Some("the pager was stopped".to_owned()));
             gone(&self.report);
@@ -234,7 +236,7 @@ impl Server {
             .config
             .connections
             .is_some_and(|all| self.accepted >= all);
-        all && self.vmms.is_empty() && self.handshakes == 0
+        all && self.vmms.is_empty() && self.handshakes.is_empty()
     }
 
     fn wants_connections(&self) -> bool {
@@ -242,7 +244,7 @@ impl Server {
             .config
             .connections
             .is_none_or(|all| self.accepted < all);
-        more && self.vmms.len() + self.handshakes < VMMS_MAX
+        more && self.vmms.len() + self.handshakes.len() < VMMS_MAX
     }
 
     fn wait(&self) -> io::Result<Ready> {
@@ -296,18 +298,19 @@ impl Server {
         stream.set_nonblocking(false)?;
         let (source, arrived) = (Arc::clone(&self.config.source), Arc::clone(&self.arrived));
         let (len_pages, prefetch) = (self.config.len_pages, self.config.prefetch.clone());
+        let number = self.accepted;
+        self.handshakes.insert(number, stream.try_clone()?);
+        self.accepted += 1;
         std::thread::Builder::new()
             .name("pager-greets".to_owned())
             .spawn(move || {
                 let vmm = greet(&stream, source, len_pages, prefetch);
                 let mut queue = arrived.queue.lock().unwrap_or_else(PoisonError::into_inner);
-                queue.push(vmm);
+                queue.push((number, vmm));
                 if let Err(error) = rustix::io::write(&arrived.event, &1_u64.to_ne_bytes()) {
                     tracing::error!(%error, "the server cannot be told of a VMM");
                 }
             })?;
-        self.handshakes += 1;
-        self.accepted += 1;
         Ok(())
     }
 
@@ -320,8 +323,8 @@ impl Server {
             let queue = self.arrived.queue.lock();
             std::mem::take(&mut *queue.unwrap_or_else(PoisonError::into_inner))
         };
-        for vmm in arrived {
-            self.handshakes -= 1;
+        for (number, vmm) in arrived {
+            self.handshakes.remove(&number);
             match vmm {
                 Ok(vmm) => self.vmms.push(vmm),
                 Err(why) => {
@@ -329,6 +332,23 @@ impl Server {
                     self.report.refused += 1;
                 }
             }
+        }
+    }
+
+    /// Lets no VMM slip away whose handshake is just being done: it would hang for ever.
+    fn end_handshakes(&mut self) {
+        for stream in self.handshakes.values() {
+            // One that has ended by itself needs no end.
+            drop(stream.shutdown(std::net::Shutdown::Read));
+        }
+        let deadline = Instant::now() + HANDSHAKE_MAX;
+        while !self.handshakes.is_empty() && Instant::now() < deadline {
+            let mut fds = [PollFd::new(&self.arrived.event, PollFlags::IN)];
+            let timeout = rustix::event::Timespec::try_from(HANDSHAKE_MAX).ok();
+            if let Err(error) = rustix::event::poll(&mut fds, timeout.as_ref()) {
+                tracing::warn!(%error, "handshakes were not waited for");
+            }
+            self.take_arrivals();
         }
     }
 

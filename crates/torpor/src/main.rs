@@ -23,6 +23,7 @@ mod interrupt;
 mod list_builds;
 mod memory_map;
 mod output;
+mod pager;
 mod pausing;
 mod report;
 mod resume_build;
@@ -98,6 +99,7 @@ async fn dispatch(context: &Context, command: Command) -> Result<(), CliError> {
         Command::InspectBuild(args) => inspect_build::run(context, args).await,
         Command::ListBuilds => list_builds::run(context).await,
         Command::DeleteBuild(args) => delete_build::run(context, args).await,
+        Command::Pager(args) => pager::run(context, args).await,
     }
 }
 
