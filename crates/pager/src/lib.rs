@@ -17,9 +17,9 @@
 //! - `kernel`, `uffd`, `pagemap`: the kernel's side; unsafe code is in the last two and
 //!   in `file_source`
 //!
-//! Beyond that handshake it knows neither VMMs nor builds. It does not create the VMM's userfaultfd, kill a VMM that it
-//! cannot serve (it says so, see [`FailureSignal`]; the server does), read or write a build, or serve huge pages.
-//! It never makes up content: a page that cannot be read is a failure.
+//! Beyond that handshake it knows neither VMMs nor builds. It does not create the VMM's
+//! userfaultfd, kill a VMM that it cannot serve (it says so, see [`FailureSignal`]; only the
+//! server does), read or write a build, or serve huge pages. It never makes up content: a page that cannot be read is a failure.
 
 mod around;
 mod bulk;
@@ -34,6 +34,8 @@ mod model;
 mod page_set;
 mod pagemap;
 mod pager;
+#[cfg(test)]
+mod races;
 pub mod server;
 mod service;
 mod source;

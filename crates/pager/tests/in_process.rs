@@ -16,7 +16,7 @@ use std::time::Duration;
 use support::{Content, DEADLINE, Guest, Memory, TestSource, until};
 use torpor_pager::{PageRun, PageSet, PagerError, PagerFailure, WriteTracking};
 
-const MEMORIES: [Memory; 2] = [Memory::Anonymous, Memory::SharedMemfd];
+const MEMORIES: [Memory; 3] = [Memory::Anonymous, Memory::SharedMemfd, Memory::PrivateMemfd];
 const TRACKINGS: [WriteTracking; 3] = [
     WriteTracking::Async,
     WriteTracking::Sync,
