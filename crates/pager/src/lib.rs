@@ -27,19 +27,22 @@ mod error;
 mod failure;
 mod file_source;
 pub mod handshake;
+#[cfg(all(test, feature = "shuttle"))]
+mod interleavings;
 mod kernel;
 mod machine;
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod model;
 mod page_set;
 mod pagemap;
 mod pager;
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod races;
 pub mod server;
 mod service;
 mod source;
 mod stats;
+mod sync;
 mod threads;
 mod uffd;
 mod working_set;

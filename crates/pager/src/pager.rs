@@ -432,11 +432,7 @@ impl Pager {
     }
 
     fn stop(&self) -> Result<(), PagerError> {
-        self.service.lock().stopping = true;
-        self.service.work.notify_all();
-        self.service.stop.notify_all();
-        self.service.rest.notify_all();
-        self.service.kernel.nudge();
+        self.service.tell_to_stop();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         let started = Instant::now();
         loop {

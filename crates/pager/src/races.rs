@@ -240,8 +240,7 @@ fn a_write_that_overtakes_the_reader_is_not_lost_with_the_late_copy() {
             vmm.join().unwrap();
         });
         assert_eq!((guest.read(40), guest.read(41)), (7, 8), "{tracking:?}");
-        service.lock().stopping = true;
-        service.kernel.nudge();
+        service.tell_to_stop();
         reader.join().unwrap();
     }
 }
@@ -268,8 +267,7 @@ fn a_page_that_lost_its_mapping_keeps_what_was_written_to_it() {
             out.unwrap();
         }
         assert_eq!((guest.read(3), guest.read(4)), (4, 99), "{tracking:?}");
-        service.lock().stopping = true;
-        service.kernel.nudge();
+        service.tell_to_stop();
         reader.join().unwrap();
     }
 }

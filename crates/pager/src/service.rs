@@ -30,9 +30,8 @@
 //! and not mapped as well, and such a fault on a discarded page punches it first.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::around::Around;
@@ -44,6 +43,7 @@ use crate::machine::{FaultKind, Machine, Need, Reason};
 use crate::page_set::{PAGE_SIZE_U64, PageRun};
 use crate::source::{Content, PageSource, SourceKind};
 use crate::stats::Counters;
+use crate::sync::{AtomicUsize, Condvar, Mutex, MutexGuard, yield_now};
 use crate::uffd::{Filled, WriteTracking};
 
 /// Reads of events before faults are served even if more events are queued: 64 reads of 64. An
@@ -146,7 +146,7 @@ impl Service {
             if self.urgent.load(Ordering::Relaxed) == 0 {
                 break;
             }
-            std::thread::yield_now();
+            yield_now();
         }
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -154,18 +154,32 @@ impl Service {
     /// Lets others have the lock who serve a fault.
     pub(crate) fn give_way(&self) {
         if self.urgent.load(Ordering::Relaxed) > 0 {
-            std::thread::yield_now();
+            yield_now();
         }
     }
 
     /// Sleeps, but not past a stop. Returns whether the pager goes on.
     pub(crate) fn pause(&self, time: Duration) -> bool {
+        if cfg!(feature = "shuttle") {
+            // Its waits know no time.
+            yield_now();
+            return !self.lock().stopping;
+        }
         let guard = self.lock();
         let waited = self
             .stop
             .wait_timeout_while(guard, time, |state| !state.stopping);
         let (guard, _) = waited.unwrap_or_else(PoisonError::into_inner);
         !guard.stopping
+    }
+
+    /// Tells all threads to end.
+    pub(crate) fn tell_to_stop(&self) {
+        self.lock().stopping = true;
+        self.work.notify_all();
+        self.stop.notify_all();
+        self.rest.notify_all();
+        self.kernel.nudge();
     }
 
     /// Gives up on the guest. Threads go on: they still read discards, so that the VMM's own

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crate::error::PagerFailure;
 use crate::kernel::Waited;
 use crate::service::{AGAIN_PAUSE, Service, State};
+use crate::sync::yield_now;
 
 /// How often the reader looks for overdue faults while any fault waits.
 const WATCH_PERIOD: Duration = Duration::from_millis(250);
@@ -84,7 +85,7 @@ pub(crate) fn reader(service: &Service) {
             Turn::Quiet { timeout } => pace.wait(service, timeout),
             // The discarding thread has to run once: it may stand on this processor.
             Turn::Again => {
-                std::thread::yield_now();
+                yield_now();
                 pace.wait_again(service)
             }
         };
