@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 # `setup build` is an order: with -j, too. (cargo uses all cores by itself.)
 .NOTPARALLEL:
-.PHONY: setup build demo test test-long bench lint clean help
+.PHONY: setup build demo test test-long bench bench-pager lint clean help
 
 TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 # Tests boot the same static agent as the programs do, not the one that `cargo test` links beside them.
@@ -29,6 +29,9 @@ test-long: setup build ## the same with the models run for thousands of cases, a
 
 bench: setup build ## measure, against the bars that the README names
 	@$(TARGET_DIR)/release/torpor-bench
+
+bench-pager: ## measure the pager beside its physical limits: target/bench-pager/pager.{json,svg}
+	@PAGER_BENCH_OUT=$(TARGET_DIR)/bench-pager cargo bench --locked --package torpor-pager --bench pager
 
 lint: ## formatting, clippy and rustdoc, all without warnings
 	@cargo fmt --all --check && cargo clippy --locked --workspace --all-targets -- -D warnings && RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps

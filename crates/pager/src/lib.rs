@@ -27,16 +27,19 @@ mod error;
 mod failure;
 mod file_source;
 pub mod handshake;
-#[cfg(all(test, feature = "shuttle"))]
+#[cfg(test)]
+#[cfg(feature = "shuttle")]
 mod interleavings;
 mod kernel;
 mod machine;
-#[cfg(all(test, not(feature = "shuttle")))]
+#[cfg(test)]
+#[cfg(not(feature = "shuttle"))]
 mod model;
 mod page_set;
 mod pagemap;
 mod pager;
-#[cfg(all(test, not(feature = "shuttle")))]
+#[cfg(test)]
+#[cfg(not(feature = "shuttle"))]
 mod races;
 pub mod server;
 mod service;

@@ -290,6 +290,12 @@ impl Guest {
         classify(page, &words)
     }
 
+    /// Faults the page in, whatever it holds.
+    pub fn touch(&self, page: u64) {
+        // SAFETY: as in `read`.
+        unsafe { self.word(page, 0).read_volatile() };
+    }
+
     pub fn write(&self, page: u64, generation: u64) {
         for (index, word) in stamp(page, generation).into_iter().enumerate() {
             // SAFETY: as in `read`.
