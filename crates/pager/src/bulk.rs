@@ -120,10 +120,10 @@ impl Backlog {
 }
 
 impl Service {
-    /// Fills a piece of the windows around recent faults, with what is at hand.
-    pub(crate) fn fill_around(&self, state: &mut State) {
+    /// Fills a piece of the windows around recent faults, with what is at hand. Returns its length.
+    pub(crate) fn fill_around(&self, state: &mut State) -> u64 {
         let Some(piece) = state.backlog.next_piece() else {
-            return;
+            return 0;
         };
         let mut at = piece.first_page;
         while at < piece.end_page() {
@@ -139,9 +139,10 @@ impl Service {
             match filled {
                 Ok(pages) => at += pages,
                 // A kindness: not worth waiting for.
-                Err(_) => return,
+                Err(_) => break,
             }
         }
+        piece.pages
     }
 
     /// Copies the absent data pages at a run's start, all of them or none. Returns how many pages

@@ -399,18 +399,31 @@ impl Service {
     }
 
     fn install_zero(&self, state: &mut State, page: u64, kind: FaultKind) {
+        // Zeros are not pressed on a guest that gives memory back, nor where they take memory.
+        let shy = state.machine.need(page) == Need::Zero || self.kernel.zeros_take_memory();
         let filled = self.kernel.zero(PageRun::new(page, 1), self.protects(kind));
         if self.fault_filled(state, page, kind, filled, SourceKind::Zero) {
             match state.backlog.claim(page) {
                 Some(rest) => state.backlog.push_next(rest),
                 None => {
-                    // Zeros that take memory are not pressed on a guest that gives memory back.
-                    let shy = self.kernel.zeros_take_memory();
                     let window = state.around.window(page, self.region(page), shy);
-                    state.backlog.push(window);
+                    let zeros = self.zeros_around(state, page, window);
+                    state.backlog.push(zeros);
                 }
             }
         }
+    }
+
+    /// The part of a window around a page that needs no content: zeros cost next to nothing, and
+    /// who asks for one has not asked for what lies behind them.
+    fn zeros_around(&self, state: &State, page: u64, window: PageRun) -> PageRun {
+        let free = |page: &u64| {
+            state.machine.need(*page) != Need::Source
+                || self.source.run_at(*page).kind == SourceKind::Zero
+        };
+        let before = (window.first_page..page).rev().take_while(free).count() as u64;
+        let after = (page..window.end_page()).take_while(free).count() as u64;
+        PageRun::new(page - before, before + after)
     }
 
     /// The region that holds a page.

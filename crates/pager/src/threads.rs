@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::bulk::FILL_PAGES_MAX;
 use crate::error::PagerFailure;
 use crate::kernel::Waited;
 use crate::service::{AGAIN_PAUSE, Service, State};
@@ -78,7 +79,16 @@ pub(crate) fn reader(service: &Service) {
             turn(service, &mut state)
         };
         let waited = match turn {
-            Turn::Busy => {
+            Turn::Busy { mut filled_pages } => {
+                // Where many threads fault, one piece for each batch of their faults would leave
+                // the windows behind for good.
+                while filled_pages < FILL_PAGES_MAX {
+                    service.give_way();
+                    match service.fill_around(&mut service.lock()) {
+                        0 => break,
+                        pages => filled_pages += pages,
+                    }
+                }
                 service.give_way();
                 continue;
             }
@@ -97,8 +107,8 @@ pub(crate) fn reader(service: &Service) {
 
 /// What the reader does next.
 enum Turn {
-    /// There is more to fill.
-    Busy,
+    /// There is more to fill than this.
+    Busy { filled_pages: u64 },
     /// The kernel put something off: to be tried again soon.
     Again,
     /// Nothing to do until an event comes, or this time has passed.
@@ -112,9 +122,9 @@ fn turn(service: &Service, state: &mut State) -> Turn {
     } else {
         service.drain(state);
     }
-    service.fill_around(state);
+    let filled_pages = service.fill_around(state);
     if !state.backlog.is_empty() {
-        return Turn::Busy;
+        return Turn::Busy { filled_pages };
     }
     service.watch(state);
     if state.machine.has_aside() && !state.vmm_gone {
