@@ -294,7 +294,7 @@ impl Service {
             return Ok(1);
         }
         let zeros = PageRun::new(run.first_page, zeros.min(ZERO_PAGES_MAX));
-        let filled = self.kernel.zero(zeros, true);
+        let filled = self.kernel.zero(zeros, true, false);
         self.bulk_filled(state, zeros, filled, SourceKind::Zero, reason)
     }
 

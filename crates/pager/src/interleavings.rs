@@ -204,7 +204,7 @@ impl Kernel for SimKernel {
         unreachable!("anonymous memory has no file");
     }
 
-    fn zero(&self, run: PageRun, _protect: bool) -> io::Result<Filled> {
+    fn zero(&self, run: PageRun, _protect: bool, _own: bool) -> io::Result<Filled> {
         Ok(self.0.install(run, |_| 0))
     }
 

@@ -74,8 +74,9 @@ pub(crate) trait Kernel: Send + Sync {
     /// Maps a page that is in the memory's file already, and wakes. `written`: the guest is known
     /// to have written it.
     fn map(&self, page: u64, written: bool) -> io::Result<Filled>;
-    /// Installs zero pages, at most [`ZERO_PAGES_MAX`], and wakes.
-    fn zero(&self, run: PageRun, protect: bool) -> io::Result<Filled>;
+    /// Installs zero pages, at most [`ZERO_PAGES_MAX`], and wakes. `own`: they are about to be
+    /// written, so each is to have memory of its own.
+    fn zero(&self, run: PageRun, protect: bool, own: bool) -> io::Result<Filled>;
     /// Whether a zero page that is installed takes memory of its own.
     fn zeros_take_memory(&self) -> bool;
     /// Lets writes through to a page, and wakes.
@@ -321,9 +322,9 @@ impl Kernel for HostKernel {
         self.uffd.map(addr, PAGE_SIZE_U64, protect)
     }
 
-    fn zero(&self, run: PageRun, protect: bool) -> io::Result<Filled> {
+    fn zero(&self, run: PageRun, protect: bool, own: bool) -> io::Result<Filled> {
         let len_bytes = run.pages.min(ZERO_PAGES_MAX) * PAGE_SIZE_U64;
-        if !self.zeros_take_memory() {
+        if !own && !self.zeros_take_memory() {
             return self.uffd.zero(self.addr(run.first_page)?, len_bytes);
         }
         // ZEROPAGE cannot write-protect, and on shared memory it allocates a page all the same.

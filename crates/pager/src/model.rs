@@ -522,7 +522,7 @@ impl Kernel for SimKernel {
         Ok(self.0.sim().install(run, protect, |_| Content::Source))
     }
 
-    fn zero(&self, run: PageRun, protect: bool) -> io::Result<Filled> {
+    fn zero(&self, run: PageRun, protect: bool, _own: bool) -> io::Result<Filled> {
         let protect = protect && self.0.sim().tracking.protects();
         Ok(self.0.sim().install(run, protect, |_| Content::Zero))
     }

@@ -81,8 +81,8 @@ impl Kernel for Held {
     fn map(&self, page: u64, written: bool) -> io::Result<Filled> {
         self.host.map(page, written)
     }
-    fn zero(&self, run: PageRun, protect: bool) -> io::Result<Filled> {
-        self.host.zero(run, protect)
+    fn zero(&self, run: PageRun, protect: bool, own: bool) -> io::Result<Filled> {
+        self.host.zero(run, protect, own)
     }
     fn zeros_take_memory(&self) -> bool {
         self.host.zeros_take_memory()

@@ -400,8 +400,12 @@ impl Service {
 
     fn install_zero(&self, state: &mut State, page: u64, kind: FaultKind) {
         // Zeros are not pressed on a guest that gives memory back, nor where they take memory.
-        let shy = state.machine.need(page) == Need::Zero || self.kernel.zeros_take_memory();
-        let filled = self.kernel.zero(PageRun::new(page, 1), self.protects(kind));
+        let removed = state.machine.need(page) == Need::Zero;
+        let shy = removed || self.kernel.zeros_take_memory();
+        // What a guest takes back it writes to: a shared zero page would be broken up at once.
+        let own = removed || kind == FaultKind::Write;
+        let run = PageRun::new(page, 1);
+        let filled = self.kernel.zero(run, self.protects(kind), own);
         if self.fault_filled(state, page, kind, filled, SourceKind::Zero) {
             match state.backlog.claim(page) {
                 Some(rest) => state.backlog.push_next(rest),
