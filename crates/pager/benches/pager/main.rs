@@ -3,7 +3,8 @@
 //! Every round measures every arm once, one after the other; a figure is the median of the
 //! rounds. Touching threads stand on one processor, whoever serves them on another. Options, as
 //! environment variables: `PAGER_BENCH_ROUNDS` (5), `PAGER_BENCH_MIB` (128), `PAGER_BENCH_OUT`
-//! (a directory for `pager.json` and `pager.svg`).
+//! (a directory for `pager.json` and `pager.svg`), `PAGER_BENCH_ONLY` (some of `limits single all
+//! churn`).
 #![allow(
     missing_docs,
     clippy::cast_possible_truncation,
@@ -109,12 +110,11 @@ impl Bench {
 
     fn round(&mut self) {
         let wanted = std::env::var("PAGER_BENCH_ONLY").unwrap_or_default();
-        let steps: [(&str, Step); 5] = [
+        let steps: [(&str, Step); 4] = [
             ("limits", Self::limits),
             ("single", Self::single),
             ("all", Self::all),
             ("churn", Self::churn),
-            ("replay", Self::replay),
         ];
         for (name, step) in steps {
             if wanted.is_empty() || wanted.contains(name) {
@@ -222,8 +222,6 @@ impl Bench {
             arms::checked(&pager);
         }
     }
-
-    fn replay(&mut self) {}
 }
 
 fn sequential(pages: usize) -> Vec<u32> {
