@@ -25,7 +25,7 @@ use crate::uffd::Filled;
 pub const READ_PAGES_MAX: u64 = 256;
 
 /// Pages installed while the lock is held: 256 KiB, some 80 µs. A fault waits for that at most,
-/// and only while another thread walks through memory: see [`piece_pages`].
+/// and only while another thread walks through memory.
 pub const FILL_PAGES_MAX: u64 = 64;
 
 /// The same where nobody is known to want them all: 64 KiB, some 20 µs.
