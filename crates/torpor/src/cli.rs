@@ -93,7 +93,24 @@ pub(crate) enum Command {
         after_help = "Examples:\n  torpor delete-image 6d0f…\n  torpor delete-image --unused"
     )]
     DeleteImage(DeleteImageArgs),
+
+    /// Serve the page faults of any VMM that speaks Firecracker's handshake
+    #[command(after_help = PAGER_EXAMPLES)]
+    Pager(PagerArgs),
 }
+
+const PAGER_EXAMPLES: &str = "\
+A VMM that connects sends its memory regions as JSON, and its userfaultfd beside them. It is served
+until its process ends. One that cannot be served any more is killed, and so are all of them when
+this command ends: a guest without its pager hangs for ever.
+
+Examples:
+  # memory of a Firecracker snapshot, for one VMM; its API is then told
+  #   \"mem_backend\": {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/pager.sock\"}
+  torpor pager --socket /run/pager.sock --memfile snapshot.mem --connections 1
+
+  # a build's memory, for as many as come
+  torpor pager --socket /run/pager.sock --build python --report faults.json";
 
 const CREATE_EXAMPLES: &str = "\
 Examples:
@@ -358,6 +375,30 @@ pub(crate) struct DeleteImageArgs {
     /// Every image that no build needs
     #[arg(long)]
     pub(crate) unused: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("content").required(true).args(["build", "memfile"]))]
+pub(crate) struct PagerArgs {
+    /// The Unix socket to listen on; its directory and permissions say who may connect
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+
+    /// Serve a build's memory: an id or a template's name
+    #[arg(long, value_name = "ID")]
+    pub(crate) build: Option<String>,
+
+    /// Serve a raw memory file, which must not change meanwhile
+    #[arg(long, value_name = "FILE")]
+    pub(crate) memfile: Option<PathBuf>,
+
+    /// End after so many VMMs [default: when interrupted]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) connections: Option<u64>,
+
+    /// Write what was done, as JSON, whenever a VMM has gone
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
 }
 
 /// `512M`, `4G`, `1048576`: bytes, with an optional K, M, G or T (powers of 1024).

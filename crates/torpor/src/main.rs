@@ -26,6 +26,7 @@ mod list_builds;
 mod memory_map;
 mod output;
 mod page_map;
+mod pager;
 mod pausing;
 mod report;
 mod resume_build;
@@ -104,6 +105,7 @@ async fn dispatch(context: &Context, command: Command) -> Result<(), CliError> {
         Command::DeleteBuild(args) => delete_build::run(context, args).await,
         Command::ListImages => images::list(context).await,
         Command::DeleteImage(args) => images::delete(context, args).await,
+        Command::Pager(args) => pager::run(context, args).await,
     }
 }
 
