@@ -315,7 +315,9 @@ pub(crate) struct ResumeBuildArgs {
     #[arg(long)]
     pub(crate) eager: bool,
 
-    /// Pause twice from the same build after --cmd, with and without the drain, and compare
+    /// Pause twice from the same build after --cmd, with and without the drain, and compare. Both
+    /// without the scan and the references, which would leave out what a drain gives back; of use
+    /// for a template whose balloon reports free pages
     #[arg(long, requires = "cmd", conflicts_with = "iterations")]
     pub(crate) fph_bench: bool,
 
@@ -368,7 +370,7 @@ pub(crate) struct DeleteBuildArgs {
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("which").required(true).args(["image", "unused"]))]
 pub(crate) struct DeleteImageArgs {
-    /// The image's digest, as `torpor list-images` shows it
+    /// The image's whole digest, as `torpor list-images` shows it
     #[arg(value_name = "DIGEST")]
     pub(crate) image: Option<Digest>,
 

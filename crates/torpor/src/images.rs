@@ -97,6 +97,8 @@ fn delete_unused(storage: &Storage) -> Result<Vec<Digest>, CliError> {
             Ok(()) => deleted.push(listed.digest),
             // Named by a build, or by a sandbox that has none yet.
             Err(BuildError::ImageNeeded { .. } | BuildError::ImageInUse { .. }) => {}
+            // Somebody else was faster.
+            Err(BuildError::UnknownImage { .. }) => {}
             Err(error) => return Err(error.into()),
         }
     }

@@ -344,11 +344,6 @@ fn memory(place: &Place) {
         svg_arg,
         "--json",
     ]);
-    let pages = |look: &Value, class: &str| {
-        let classes = look["classes"].as_array().unwrap();
-        let row = classes.iter().find(|row| row["class"] == class).unwrap();
-        row["pages"].as_u64().unwrap()
-    };
     let all: u64 = [
         "free",
         "page_cache",
@@ -369,7 +364,16 @@ fn memory(place: &Place) {
         text.contains("anonymous") && text.contains("Linux 6."),
         "{text}"
     );
+    of_a_running_sandbox(place, pages(&look, "free"));
+}
 
+fn pages(look: &Value, class: &str) -> u64 {
+    let classes = look["classes"].as_array().unwrap();
+    let row = classes.iter().find(|row| row["class"] == class).unwrap();
+    row["pages"].as_u64().unwrap()
+}
+
+fn of_a_running_sandbox(place: &Place, free_in_the_build: u64) {
     let running = place.start(&[
         "resume-build",
         "--from-build",
@@ -390,7 +394,7 @@ fn memory(place: &Place) {
     });
     let running_look = place.json(&["inspect-memory", "--sandbox", &sandbox, "--json"]);
     // The same guest, a moment later: most of its memory is what it was.
-    let (then, now) = (pages(&look, "free"), pages(&running_look, "free"));
+    let (then, now) = (free_in_the_build, pages(&running_look, "free"));
     assert!(
         then.abs_diff(now) * 10 < then,
         "{then} free pages, then {now}"
