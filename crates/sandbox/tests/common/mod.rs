@@ -1,6 +1,11 @@
 //! What the tests with real guests share: a storage with templates that are booted once.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "helpers of tests"
+)]
 #![allow(dead_code, reason = "every test program uses a part of it")]
 
 use std::path::{Path, PathBuf};
@@ -337,6 +342,9 @@ pub(crate) fn kernels() -> Vec<String> {
         .collect();
     kernels.sort();
     assert!(!kernels.is_empty(), "{}: run `make setup`", dir.display());
+    if let [only] = kernels.as_slice() {
+        println!("Linux {only} is the only kernel in {}", dir.display());
+    }
     kernels
 }
 
