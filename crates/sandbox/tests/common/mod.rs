@@ -328,6 +328,37 @@ pub(crate) async fn sh(sandbox: &Sandbox, line: &str) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
+/// What a kernel says when its memory is not what it left there.
+const KERNEL_COMPLAINTS: [&str; 15] = [
+    "BUG",
+    "Oops",
+    "Bad page",
+    "corrupt",
+    "general protection",
+    "WARNING",
+    "poison",
+    "Unable to handle",
+    "double free",
+    "list_add",
+    "list_del",
+    "inconsistency",
+    "EXT4-fs error",
+    "I/O error",
+    "segfault",
+];
+
+/// The guest's kernel has nothing to say of its memory, in all that it has said since it booted.
+pub(crate) async fn kernel_is_content(sandbox: &Sandbox, what: &str) {
+    let said = sh(sandbox, "dmesg").await;
+    assert!(
+        said.contains("Linux version"),
+        "{what}: the beginning of the kernel's log is lost"
+    );
+    let complains = |line: &&str| KERNEL_COMPLAINTS.iter().any(|word| line.contains(word));
+    let complaints: Vec<&str> = said.lines().filter(complains).collect();
+    assert_eq!(complaints, [""; 0], "{what}: the guest's kernel complains");
+}
+
 /// The kernels that the set-up fetched: the default one, and the others that the distribution has.
 pub(crate) fn kernels() -> Vec<String> {
     let dir = torpor_sandbox::assets::default_dir()
