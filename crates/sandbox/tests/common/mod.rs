@@ -379,6 +379,13 @@ pub(crate) fn kernels() -> Vec<String> {
     kernels
 }
 
+/// Pages of a guest's memory that are there: in a lazily resumed guest not all.
+pub(crate) fn present_pages(memory: &std::fs::File) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    // `st_blocks` counts 512 bytes each, whatever the file system's blocks are.
+    memory.metadata().unwrap().blocks() * 512 / torpor_build::PAGE_SIZE as u64
+}
+
 /// The demo's program for guests, which `make build` puts beside the agent.
 pub(crate) fn workload() -> PathBuf {
     let assets = Assets::find(None, DEFAULT_KERNEL).unwrap();
