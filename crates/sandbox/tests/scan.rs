@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
@@ -24,6 +25,8 @@ const SETTLE_MAX: Duration = Duration::from_secs(10);
 const ANSWER_MAX: Duration = Duration::from_secs(120);
 const GUEST_PROGRAM: &str = "/usr/local/bin/torpor-workload";
 const TAG: &str = "free-pages";
+/// Looks, 50 ms apart, that must see the same before nothing comes in any more.
+const STILL_LOOKS: u32 = 10;
 /// Pages that both looks saw free and the stop between them did not: the guest is quiet, but it answers
 /// us. (For the other direction there is no slack: such a page would be lost.)
 const RESTLESS_PAGES_MAX: u64 = 64;
@@ -109,20 +112,11 @@ async fn the_scan_of_a_lazily_resumed_guest_is_exact_and_brings_nothing_in() {
 
         sandbox.vmm().stop_vcpus().await.unwrap();
         let memory = File::from(sandbox.vmm().memory().unwrap().memfd);
-        let present = || std::os::unix::fs::MetadataExt::blocks(&memory.metadata().unwrap());
-        // Settle once: what is under way comes in with it, not with the scan.
-        sandbox
-            .find_free_pages(host.storage(), SETTLE_MAX)
-            .await
-            .unwrap();
-        let before = (present(), sandbox.pager_stats().unwrap().pages_copied);
+        let before = standing_still(&sandbox, &memory);
         let found = sandbox.find_free_pages(host.storage(), SETTLE_MAX).await;
         assert_eq!(found.unwrap().0.why_not(), None);
-        assert_eq!(
-            before,
-            (present(), sandbox.pager_stats().unwrap().pages_copied)
-        );
-        let present_pages = before.0 * 512 / PAGE_SIZE as u64;
+        assert_eq!(before, brought_in(&sandbox, &memory));
+        let present_pages = before.0;
         let all_pages = GUEST_MEMORY_BYTES / PAGE_SIZE as u64;
         println!("Linux {kernel}: scanned with {present_pages} of {all_pages} pages present");
         assert!(present_pages * 10 < all_pages, "it is to be nearly empty");
@@ -131,6 +125,25 @@ async fn the_scan_of_a_lazily_resumed_guest_is_exact_and_brings_nothing_in() {
         agrees_with_its_guest(&host, &sandbox, &format!("Linux {kernel}, resumed")).await;
         sandbox.end().await;
     }
+}
+
+/// Pages present, and pages that the pager copied in.
+fn brought_in(sandbox: &Sandbox, memory: &File) -> (u64, u64) {
+    let copied = sandbox.pager_stats().unwrap().pages_copied;
+    (present_pages(memory), copied)
+}
+
+/// Waits until nothing comes in any more: a fault that was answered before the stop still brings its
+/// neighbours in after it.
+fn standing_still(sandbox: &Sandbox, memory: &File) -> (u64, u64) {
+    let seen = Cell::new((brought_in(sandbox, memory), 0));
+    wait_until("nothing comes in", || {
+        let now = brought_in(sandbox, memory);
+        let (before, looks) = seen.get();
+        seen.set((now, if now == before { looks + 1 } else { 0 }));
+        seen.get().1 == STILL_LOOKS
+    });
+    seen.get().0
 }
 
 #[tokio::test(flavor = "multi_thread")]
