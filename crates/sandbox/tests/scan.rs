@@ -305,11 +305,13 @@ async fn a_guest_that_rewrites_its_note_is_paused_without_a_scan_and_goes_on() {
     let template = template(&host).await;
     let (sandbox, _) = resume_build(&host, &template).await;
     let told = sh(&sandbox, "cat /sys/kernel/vmcoreinfo").await;
-    let (addr, _) = told.split_once(' ').unwrap();
-    let addr = u64::from_str_radix(addr.trim_start_matches("0x"), 16).unwrap();
+    // Its address and length, and not a byte of what else lies there.
+    let (addr, len) = told.split_once(' ').unwrap();
+    let hex = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap();
+    let (addr, note) = (hex(addr), vec![b'?'; hex(len).try_into().unwrap()]);
     sandbox.vmm().stop_vcpus().await.unwrap();
     let memory = File::from(sandbox.vmm().memory().unwrap().memfd);
-    memory.write_all_at(&[b'?'; 3 * PAGE_SIZE], addr).unwrap();
+    memory.write_all_at(&note, addr).unwrap();
     sandbox.vmm().resume_vcpus().await.unwrap();
     let paused = pause_into_new(sandbox, &host, PauseFlags::default()).await;
     let _cleanup = Cleanup(host.storage(), vec![paused.build.id()]);
