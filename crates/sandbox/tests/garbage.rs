@@ -3,6 +3,11 @@
 //! the guest goes on as if nothing had been.
 
 #![allow(missing_docs, reason = "a test program has no interface")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "the tests' helpers: what goes wrong in them fails the test, what they measured is told"
+)]
 
 mod common;
 
@@ -288,7 +293,7 @@ fn seed() -> u64 {
         .unwrap();
     // Printed, so that a failure can be repeated as far as a running guest can.
     println!("seed {}", now.as_nanos());
-    now.as_nanos() as u64 | 1
+    u64::try_from(now.as_nanos()).unwrap() | 1
 }
 
 /// xorshift64*.

@@ -2,6 +2,11 @@
 //! used.
 
 #![allow(missing_docs, reason = "a test program has no interface")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "the tests' helpers: what goes wrong in them fails the test, what they measured is told"
+)]
 
 mod common;
 
