@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_processor_keeps_at_most_two_mebibytes() {
+    fn each_processor_keeps_two_to_four_mebibytes() {
         for (mib, processors) in [(256, 1), (512, 4), (65536, 8)] {
             let pages = mib * 256;
             let kept = pages / fraction(pages, processors) / processors;
