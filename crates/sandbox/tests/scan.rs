@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
 use common::*;
-use torpor_build::{Build, Entry, PAGE_SIZE};
+use torpor_build::{Build, BuildId, Digest, Entry, PAGE_SIZE};
 use torpor_guest::{Command, Process, Selector};
 use torpor_sandbox::Sandbox;
 use torpor_sandbox::boot::{BootRequest, boot};
@@ -295,6 +295,7 @@ async fn a_kernel_of_a_doctored_or_unknown_configuration_is_not_scanned() {
     let kernel = kernel.manifest().info.kernel.unwrap();
     let config = copy.host.storage().kernel_config_path(&kernel).unwrap();
     let text = std::fs::read_to_string(&config).unwrap();
+    // Each is imported as its kernel's configuration would be: under its own digest.
     let doctored = [
         (Some("CONFIG_KASAN=y"), "KASAN"),
         (
@@ -303,18 +304,26 @@ async fn a_kernel_of_a_doctored_or_unknown_configuration_is_not_scanned() {
         ),
         (None, "unknown"),
     ];
+    let mut present = config.clone();
     for (line, reason) in doctored {
-        // Not in place: the file is shared with the storage that it was copied from.
-        std::fs::remove_file(&config).unwrap();
+        std::fs::remove_file(&present).unwrap();
         if let Some(line) = line {
-            std::fs::write(&config, format!("{text}\n{line}\n")).unwrap();
+            let text = format!("{text}\n{line}\n");
+            present = config.with_file_name(format!("config-{}", Digest::of(text.as_bytes())));
+            std::fs::write(&present, text).unwrap();
         }
-        let (sandbox, _) = resume_build(&copy.host, &template).await;
-        let paused = pause_into_new(sandbox, &copy.host, PauseFlags::default()).await;
-        let parent = copy.host.storage().open_build(&template).unwrap();
-        not_scanned(&paused, Some(&parent), reason);
-        std::fs::write(&config, &text).unwrap();
+        is_not_scanned(&copy.host, &template, reason).await;
     }
+    // One that is not what its name tells: cut short, it might lack the line that forbids the scan.
+    std::fs::write(&config, &text[..text.len() / 2]).unwrap();
+    is_not_scanned(&copy.host, &template, "unknown").await;
+}
+
+async fn is_not_scanned(host: &Host, template: &BuildId, reason: &str) {
+    let (sandbox, _) = resume_build(host, template).await;
+    let paused = pause_into_new(sandbox, host, PauseFlags::default()).await;
+    let parent = host.storage().open_build(template).unwrap();
+    not_scanned(&paused, Some(&parent), reason);
 }
 
 #[tokio::test(flavor = "multi_thread")]
