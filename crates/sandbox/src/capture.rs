@@ -16,7 +16,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
-use memmap2::{Advice, MmapMut};
+use memmap2::MmapMut;
 use torpor_build::{LayerWriter, PAGE_SIZE, PageContent, PageRun};
 
 /// Readers that copy at once: memory bandwidth is the limit, and two of them reach it.
@@ -156,12 +156,11 @@ impl CapturePlan {
             .ok()
             .and_then(|pages| pages.checked_mul(PAGE_SIZE))
             .ok_or_else(|| std::io::Error::from(std::io::ErrorKind::OutOfMemory))?;
-        // Pages that the kernel hands out at first touch, by both copying threads: huge ones where
-        // it can, since the guest stands still meanwhile. Where there is no room this is an error
-        // instead of the process's end. (A mapping has at least a byte.)
+        // Zero pages that the kernel hands out at first touch: by both copying threads, instead of
+        // by one that clears them all while the guest stands still. (Not huge ones: on a host whose
+        // memory is in pieces, making them took longer than all the copying.) Where there is no room
+        // this is an error instead of the process's end. A mapping has at least a byte.
         let mut bytes = MmapMut::map_anon(len.max(1))?;
-        // Without them it takes longer, no more.
-        drop(bytes.advise(Advice::HugePage));
         copy_in_parallel(memory, &self.runs, &mut bytes[..len])?;
         Ok(CapturedMemory { plan: self, bytes })
     }
