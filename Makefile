@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 # `setup build` is an order: with -j, too. (cargo uses all cores by itself.)
 .NOTPARALLEL:
-.PHONY: setup build demo test test-long test-firecracker bench lint clean help
+.PHONY: setup setup-tests build demo test test-long test-firecracker bench bench-capture bench-pager lint clean help
 
 TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 # Tests boot the same static agent as the programs do, not the one that `cargo test` links beside them.
@@ -21,17 +21,26 @@ build: ## build the programs and the guest's agent
 demo: setup build ## run the main job on a real guest: target/demo/report.json and report.svg
 	@$(TARGET_DIR)/release/torpor-demo
 
-test: setup build ## run every test, real guests included
+setup-tests: ## the set-up with what only tests need
+	@scripts/setup --tests
+
+test: setup-tests build ## run every test, real guests included
 	@cargo test --locked --workspace
 
-test-long: setup build ## the same with the models run for thousands of cases, and tests that take long
-	@PROPTEST_CASES=5000 cargo test --locked --workspace -- --include-ignored
+test-long: setup-tests build ## the same with the models run for thousands of cases, and tests that take long
+	@PROPTEST_CASES=5000 cargo test --locked --workspace -- --include-ignored && cargo test --locked -p torpor-pager --lib --features shuttle interleavings
 
 test-firecracker: setup ## test against a real Firecracker: FIRECRACKER=/path/to/firecracker (without KVM: in the lab)
 	@scripts/test-firecracker "$(FIRECRACKER)"
 
 bench: setup build ## measure, against the bars that the README names
 	@$(TARGET_DIR)/release/torpor-bench
+
+bench-capture: setup build ## measure the free-page scan and the references, beside their peers: target/bench-capture/report.json and report.svg
+	@$(TARGET_DIR)/release/torpor-bench-capture
+
+bench-pager: ## measure the pager beside its physical limits: target/bench-pager/pager.{json,svg}
+	@PAGER_BENCH_OUT=$(TARGET_DIR)/bench-pager cargo bench --locked --package torpor-pager --bench pager
 
 lint: ## formatting, clippy and rustdoc, all without warnings
 	@cargo fmt --all --check && cargo clippy --locked --workspace --all-targets -- -D warnings && RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps

@@ -26,9 +26,9 @@
 //! kexec inside the guest the old kernel's note may still be readable, so the note's place must be
 //! asked again of a guest that has booted again.
 //!
-//! Of the order beside the mark: the kernel writes the order first, then the mark, with plain stores
-//! that a compiler may swap. A guest stopped between the two would show an old order: zero, which claims
-//! less than there is, or the remains of a pointer, which is over 10 and refuses the whole scan.
+//! Of the order beside the mark: the kernel stores the order first, then the mark (`set_buddy_order`,
+//! `mm/page_alloc.c`), and x86 shows stores in their order. A compiler that swapped the two would open
+//! a window of one instruction in which the order is an older value.
 //!
 //! # A hostile guest
 //! The note, the tables, the sections and the array are the guest's word. The first thing that does

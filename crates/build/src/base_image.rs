@@ -240,13 +240,15 @@ impl Storage {
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(unknown()),
             Err(e) => return Err(Error::io("lock", &path, e.into())),
         }
-        // It may have been deleted between opening and locking. One that was replaced by an import
-        // meanwhile has the same content.
+        // It may have been deleted between opening and locking; a lock on what an import has put in
+        // its place since would be another's.
         let opened = file.metadata().context("look at", &path)?;
-        if opened.nlink() == 0 && fs::metadata(&path).is_err() {
-            return Err(unknown());
+        match fs::metadata(&path) {
+            Ok(named) if (named.dev(), named.ino()) == (opened.dev(), opened.ino()) => {
+                Ok((path, file))
+            }
+            _ => Err(unknown()),
         }
-        Ok((path, file))
     }
 
     /// Puts an index into its place; two that do it at once bring the same bytes.

@@ -8,6 +8,7 @@ use std::io::Read;
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::build::read_bounded;
 use crate::durable;
 use crate::error::{Error, IoContext, Result};
 use crate::ids::{BuildId, Digest};
@@ -21,6 +22,8 @@ pub(crate) const OBJECT_MODE: u32 = 0o400;
 const COPY_BYTES: usize = 1 << 20;
 const KERNEL_FILE: &str = "vmlinux";
 /// Followed by the digest of the configuration.
+/// Longest kernel configuration: Debian's have 0.3 MiB.
+const KERNEL_CONFIG_BYTES_MAX: u64 = 4 << 20;
 const KERNEL_CONFIG_PREFIX: &str = "config-";
 
 impl Storage {
@@ -129,6 +132,15 @@ impl Storage {
     #[must_use]
     pub fn kernel_config_path(&self, digest: &Digest) -> Option<PathBuf> {
         self.kernel_config(digest).map(|(path, _)| path)
+    }
+
+    /// A kernel's configuration, if it came with one, and its bytes are those that its name tells.
+    #[must_use]
+    pub fn read_kernel_config(&self, digest: &Digest) -> Option<String> {
+        let (path, expected) = self.kernel_config(digest)?;
+        let bytes = read_bounded(&path, KERNEL_CONFIG_BYTES_MAX).ok()?;
+        let text = String::from_utf8(bytes).ok()?;
+        (Digest::of(text.as_bytes()) == expected).then_some(text)
     }
 
     /// Where a kernel's configuration is, and its digest.

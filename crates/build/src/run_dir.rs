@@ -102,6 +102,8 @@ impl Storage {
     /// # Errors
     /// When the folder cannot be listed.
     pub fn running_sandboxes(&self) -> Result<Vec<Name>> {
+        // Asking takes the owner's lock for a moment, which must not be when an owner takes it.
+        let _lock = self.lock()?;
         let mut running = Vec::new();
         for sandbox in self.sandboxes()? {
             let owner = self.run_path(&sandbox).join(OWNER_FILE);

@@ -101,7 +101,9 @@ pub const RECLAIM_SCAN_REFS: Arm = Arm {
 };
 
 impl Arm {
-    fn flags(&self) -> PauseFlags {
+    /// What a pause of this arm is told.
+    #[must_use]
+    pub fn flags(&self) -> PauseFlags {
         PauseFlags {
             drain_ceiling_ms: self.drain_ceiling_ms,
             reclaim: self.reclaim,
@@ -196,6 +198,12 @@ pub async fn prepare(
 }
 
 impl Prepared {
+    /// The running sandbox, for those who pause it themselves.
+    #[must_use]
+    pub fn into_sandbox(self) -> Sandbox {
+        self.sandbox
+    }
+
     /// Pauses, resumes the new build, and verifies it. Also returns what the workload had found
     /// right before the pause.
     ///

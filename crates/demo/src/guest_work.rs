@@ -183,7 +183,15 @@ fn clock_off(guest_ms: u64) -> Result<i64> {
 /// # Errors
 /// It fails.
 pub async fn shell(envd: &Envd, line: &str) -> Result<String> {
-    let output = envd.run(&Command::shell(line), COMMAND_MAX).await?;
+    shell_within(envd, line, COMMAND_MAX).await
+}
+
+/// The same, for a line that takes longer.
+///
+/// # Errors
+/// It fails, or is not done within `patience`.
+pub async fn shell_within(envd: &Envd, line: &str, patience: Duration) -> Result<String> {
+    let output = envd.run(&Command::shell(line), patience).await?;
     ensure!(
         output.exit.success(),
         "`{line}` in the guest: {} {}",

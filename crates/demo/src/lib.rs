@@ -1,5 +1,7 @@
-//! What `torpor-demo` and `torpor-bench` share: two programs that show torpor at work on a real
-//! Linux guest, one to look at, one to measure.
+//! What `torpor-demo`, `torpor-bench` and `torpor-bench-capture` share: programs that show torpor at work on a real
+//! Linux guest, one to look at, two to measure.
+//!
+//! And what `torpor-bench-capture` has for itself, in [`capture`].
 //!
 //! ```text
 //! bench_space  a storage of their own, emptied at each start
@@ -21,6 +23,7 @@
 pub mod arms;
 pub mod baseline;
 pub mod bench_space;
+pub mod capture;
 pub mod clones;
 pub mod guest_work;
 pub mod limits;

@@ -18,13 +18,13 @@ const CHARACTER: f64 = 7.4;
 /// Distance of the grid's lines.
 const GRID_MIB: f64 = 128.0;
 
-const INK: &str = "#1f2933";
-const QUIET: &str = "#6b7785";
-const FAINT: &str = "#e4e7eb";
-const STORED: &str = "#3b82c4";
-const LEANEST: &str = "#159a6c";
+pub(crate) const INK: &str = "#1f2933";
+pub(crate) const QUIET: &str = "#6b7785";
+pub(crate) const FAINT: &str = "#e4e7eb";
+pub(crate) const STORED: &str = "#3b82c4";
+pub(crate) const LEANEST: &str = "#159a6c";
 const NEEDED: &str = "#e07a1f";
-const FULL: &str = "#b3261e";
+pub(crate) const FULL: &str = "#b3261e";
 
 /// Draws the arms.
 #[must_use]
@@ -171,7 +171,7 @@ fn legend(y: f64) -> Group {
         ))
 }
 
-fn rectangle(x: f64, y: f64, width: f64, height: f64, fill: &str) -> Rectangle {
+pub(crate) fn rectangle(x: f64, y: f64, width: f64, height: f64, fill: &str) -> Rectangle {
     Rectangle::new()
         .set("x", x)
         .set("y", y)
@@ -180,7 +180,7 @@ fn rectangle(x: f64, y: f64, width: f64, height: f64, fill: &str) -> Rectangle {
         .set("fill", fill)
 }
 
-fn line(x1: f64, y1: f64, x2: f64, y2: f64, stroke: &str) -> Line {
+pub(crate) fn line(x1: f64, y1: f64, x2: f64, y2: f64, stroke: &str) -> Line {
     Line::new()
         .set("x1", x1)
         .set("y1", y1)
@@ -189,7 +189,7 @@ fn line(x1: f64, y1: f64, x2: f64, y2: f64, stroke: &str) -> Line {
         .set("stroke", stroke)
 }
 
-fn label(text: &str, x: f64, y: f64, size: u32, fill: &str) -> Text {
+pub(crate) fn label(text: &str, x: f64, y: f64, size: u32, fill: &str) -> Text {
     Text::new(text)
         .set("x", x)
         .set("y", y)

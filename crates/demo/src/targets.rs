@@ -28,7 +28,9 @@ pub struct Target {
 }
 
 impl Target {
-    fn new(what: &'static str, at_most: f64, measured: Option<f64>) -> Self {
+    /// Compares.
+    #[must_use]
+    pub fn new(what: &'static str, at_most: f64, measured: Option<f64>) -> Self {
         let met = measured.is_some_and(|measured| measured <= at_most);
         Self {
             what,

@@ -1,7 +1,8 @@
 //! The templates that the arms start from: a booted guest with the workload's program in it.
 
 use anyhow::{Context as _, Result};
-use torpor_build::{BuildId, Name};
+use torpor_build::BuildId;
+use torpor_sandbox::Sandbox;
 use torpor_sandbox::assets::DEFAULT_KERNEL;
 use torpor_sandbox::boot::{BootRequest, boot};
 use torpor_sandbox::flags::PauseFlags;
@@ -96,28 +97,40 @@ impl Templates {
     }
 }
 
-/// Boots a guest, waits for envd, brings the workload in, and snapshots it.
-async fn build(host: &Host, kind: Kind, watch: &Watch) -> Result<BuildId> {
-    let _stage = watch.stage(format!("template {}: boot and snapshot", kind.name()));
-    let name: Name = kind.name().parse()?;
+/// Boots a guest as the template of that kind has it, with so much memory, and waits for envd.
+///
+/// # Errors
+/// It does not boot.
+pub async fn boot_guest(
+    host: &Host,
+    kind: Kind,
+    memory_bytes: u64,
+    watch: &Watch,
+) -> Result<Sandbox> {
     let request = BootRequest {
-        memory_bytes: GUEST_MEMORY_BYTES,
+        memory_bytes,
         disk_bytes: GUEST_DISK_BYTES,
         vcpus: 1,
         network: false,
         kernel: DEFAULT_KERNEL.to_owned(),
         kernel_args: String::new(),
         rootfs: None,
-        template: Some(name.clone()),
+        template: Some(kind.name().parse()?),
         progress: watch.progress(kind.name()),
     };
-    let sandbox = Box::pin(boot(host, request)).await?;
+    Ok(Box::pin(boot(host, request)).await?)
+}
+
+/// Boots a guest, brings the workload in, and snapshots it.
+async fn build(host: &Host, kind: Kind, watch: &Watch) -> Result<BuildId> {
+    let _stage = watch.stage(format!("template {}: boot and snapshot", kind.name()));
+    let sandbox = boot_guest(host, kind, GUEST_MEMORY_BYTES, watch).await?;
     guest_work::install(sandbox.envd())
         .await
         .context("the workload's program does not get into the guest")?;
     let request = PauseRequest {
         build: BuildId::random(),
-        template: Some(name),
+        template: Some(kind.name().parse()?),
         flags: kind.flags(),
         progress: watch.progress(kind.name()),
     };

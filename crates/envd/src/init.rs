@@ -26,6 +26,7 @@
 //! It does not reap, serve or start anything: that is the agent's business afterwards.
 
 mod disks;
+mod memory;
 mod modules;
 mod mounts;
 mod network;
@@ -101,6 +102,7 @@ pub(crate) fn enter() -> Result<(), InitError> {
     mounts::new_root(&disks)?;
     mounts::switch_root()?;
     mounts::user_file_systems()?;
+    memory::bound_per_cpu_lists();
     set_hostname()?;
     network::configure(Path::new("/sys/class/net"))
 }

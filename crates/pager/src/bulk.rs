@@ -3,7 +3,12 @@
 //! Nobody waits for any of it, so it gives way: it takes the lock for 64 KiB at a time, when no
 //! fault wants it, asks anew before each copy what is still absent, and gives up where the kernel
 //! puts it off for long. A run of zeros is never read from the source.
+//!
+//! The windows around faults whose content is at hand are filled by the reader, out of the
+//! [`Backlog`]; those whose content must be read, and what is prefetched, by the thread that
+//! reads it.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,21 +17,26 @@ use crate::kernel::ZERO_PAGES_MAX;
 use crate::machine::{Need, Reason};
 use crate::page_set::{PAGE_SIZE, PageRun};
 use crate::service::{AGAIN_PAUSE, Service, State};
-use crate::source::SourceKind;
+use crate::source::{Content, SourceKind};
 use crate::uffd::Filled;
 
 /// The longest read that a source is asked for: 1 MiB. Long enough for storage to reach its
 /// bandwidth, short enough that a buffer of it costs nothing.
 pub const READ_PAGES_MAX: u64 = 256;
 
-/// Pages copied while the lock is held: 64 KiB, some 30 µs. A fault waits for that at most.
-const COPY_PAGES_PER_LOCK: u64 = 16;
+/// Pages installed while the lock is held: 256 KiB, some 80 µs. A fault waits for that at most,
+/// and only while another thread walks through memory.
+pub const FILL_PAGES_MAX: u64 = 64;
 
-const _: () = assert!(
-    ZERO_PAGES_MAX == COPY_PAGES_PER_LOCK,
-    "both bound how long the lock is held"
-);
-const _: () = assert!(COPY_PAGES_PER_LOCK <= READ_PAGES_MAX);
+/// The same where nobody is known to want them all: 64 KiB, some 20 µs.
+const FILL_PAGES_MIN: u64 = 16;
+
+const _: () = assert!(ZERO_PAGES_MAX == FILL_PAGES_MIN, "zeros come in one size");
+const _: () = assert!(FILL_PAGES_MAX <= READ_PAGES_MAX);
+
+/// Windows that wait to be filled. Each belongs to a fault that has been answered, so that only
+/// as many threads as a VMM has can be in want of them; the oldest is dropped for a new one.
+const BACKLOG_WINDOWS_MAX: usize = 64;
 
 /// Attempts at a read of the source. With the pauses below a source has half a second to recover.
 const SOURCE_ATTEMPTS: u32 = 4;
@@ -48,27 +58,129 @@ pub(crate) enum Bulk {
     Over,
 }
 
+/// How much of a window is installed at once. Its thread catches up with the filling once for each
+/// piece, and sleeps: a window that has grown, for a thread that walks through it, is filled in
+/// larger ones.
+pub(crate) fn piece_pages(window: PageRun) -> u64 {
+    (window.pages / 4).clamp(FILL_PAGES_MIN, FILL_PAGES_MAX)
+}
+
+/// Windows around faults that the reader fills when no fault waits.
+#[derive(Debug, Default)]
+pub(crate) struct Backlog {
+    windows: VecDeque<PageRun>,
+}
+
+impl Backlog {
+    pub(crate) fn push(&mut self, window: PageRun) {
+        if window.pages <= 1 {
+            return;
+        }
+        if self.windows.len() >= BACKLOG_WINDOWS_MAX {
+            self.windows.pop_front();
+        }
+        self.windows.push_back(window);
+    }
+
+    /// A piece of the window whose turn it is.
+    fn next_piece(&mut self) -> Option<PageRun> {
+        let window = self.windows.pop_front()?;
+        let pages = window.pages.min(piece_pages(window));
+        if window.pages > pages {
+            let rest = PageRun::new(window.first_page + pages, window.pages - pages);
+            self.windows.push_back(rest);
+        }
+        Some(PageRun::new(window.first_page, pages))
+    }
+
+    /// Takes out the window that holds this page, if one does: its thread has caught up with the
+    /// filling. Returns what is left of it from the page on; what lies before it stays.
+    pub(crate) fn claim(&mut self, page: u64) -> Option<PageRun> {
+        let holds = |window: &PageRun| (window.first_page..window.end_page()).contains(&page);
+        let window = self.windows.remove(self.windows.iter().position(holds)?)?;
+        self.push(PageRun::new(window.first_page, page - window.first_page));
+        Some(PageRun::new(page, window.end_page() - page))
+    }
+
+    /// A window whose turn is now.
+    pub(crate) fn push_next(&mut self, window: PageRun) {
+        if window.pages > 0 {
+            self.windows.push_front(window);
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.windows.is_empty()
+    }
+
+    pub(crate) fn drop_overlapping(&mut self, run: PageRun) {
+        self.windows
+            .retain(|window| window.clipped_to(run).is_none());
+    }
+}
+
 impl Service {
-    /// The aligned window around a page, inside its region.
-    pub(crate) fn window(&self, page: u64) -> PageRun {
-        let pages = self.fault_around_pages.max(1);
-        let aligned = PageRun::new(page - page % pages, pages);
-        let region = self
-            .kernel
-            .region_around(page)
-            .unwrap_or(PageRun::new(page, 1));
-        aligned.clipped_to(region).unwrap_or(PageRun::new(page, 1))
+    /// Fills a piece of the windows around recent faults, with what is at hand. Returns its length.
+    pub(crate) fn fill_around(&self, state: &mut State) -> u64 {
+        let Some(piece) = state.backlog.next_piece() else {
+            return 0;
+        };
+        let mut at = piece.first_page;
+        while at < piece.end_page() {
+            let rest = PageRun::new(at, piece.end_page() - at);
+            let filled = match state.machine.need(at) {
+                Need::Nothing => Ok(1),
+                Need::Zero => self.fill_zero_run(state, rest, Reason::Neighbour),
+                Need::Source => match self.source.run_at(at).kind {
+                    SourceKind::Zero => self.fill_zero_run(state, rest, Reason::Neighbour),
+                    SourceKind::Data => self.fill_data_at_hand(state, rest),
+                },
+            };
+            match filled {
+                Ok(pages) => at += pages,
+                // A kindness: not worth waiting for.
+                Err(_) => break,
+            }
+        }
+        piece.pages
+    }
+
+    /// Copies the absent data pages at a run's start, all of them or none. Returns how many pages
+    /// of the run are dealt with.
+    fn fill_data_at_hand(&self, state: &mut State, run: PageRun) -> Result<u64, Bulk> {
+        let pages = self.source.run_at(run.first_page).pages.min(run.pages);
+        let data = PageRun::new(run.first_page, pages);
+        let Some(absent) = state.machine.next_absent(data, Need::Source) else {
+            return Ok(pages);
+        };
+        let mut scratch = std::mem::take(&mut state.scratch);
+        scratch.resize(bytes(absent.pages), 0);
+        let filled = self
+            .source
+            .at_hand(absent, &mut scratch)
+            .map(|content| self.kernel.copy(absent.first_page, content, true));
+        state.scratch = scratch;
+        match filled {
+            None | Some(Ok(Filled::Missing)) => Ok(absent.pages),
+            Some(filled) => {
+                self.bulk_filled(state, absent, filled, SourceKind::Data, Reason::Neighbour)
+            }
+        }
     }
 
     /// The run of the source's data pages around a page, inside its window.
-    pub(crate) fn data_span(&self, page: u64) -> PageRun {
-        let window = self.window(page);
+    pub(crate) fn data_span(&self, page: u64, window: PageRun) -> PageRun {
         let mut at = window.first_page;
         while at < window.end_page() {
             let run = self.source.run_at(at);
             let found = PageRun::new(at, run.pages.max(1));
             if run.kind == SourceKind::Data && (at..found.end_page()).contains(&page) {
-                return found.clipped_to(window).unwrap_or(PageRun::new(page, 1));
+                // One read brings the page; the rest of a long window is left to its own faults.
+                let near = PageRun::new(page - page % READ_PAGES_MAX, READ_PAGES_MAX);
+                return found
+                    .clipped_to(window)
+                    .and_then(|span| span.clipped_to(near))
+                    .unwrap_or(PageRun::new(page, 1));
             }
             at = found.end_page();
         }
@@ -135,7 +247,7 @@ impl Service {
     fn fill_some(&self, run: PageRun, data: &[u8], reason: Reason) -> Bulk {
         let mut from = run.first_page;
         while from < run.end_page() {
-            let piece = PageRun::new(from, COPY_PAGES_PER_LOCK.min(run.end_page() - from));
+            let piece = PageRun::new(from, FILL_PAGES_MAX.min(run.end_page() - from));
             let mut state = self.lock_when_calm();
             if state.stopping || state.vmm_gone {
                 return Bulk::Over;
@@ -143,6 +255,7 @@ impl Service {
             let mut rest = piece;
             while let Some(absent) = state.machine.next_absent(rest, Need::Source) {
                 let content = slice(run, absent.first_page, absent.pages, data);
+                let content = Content::Bytes(content);
                 let filled = self.kernel.copy(absent.first_page, content, true);
                 match self.bulk_filled(&mut state, absent, filled, SourceKind::Data, reason) {
                     Ok(pages) => {
@@ -157,27 +270,32 @@ impl Service {
         Bulk::Done
     }
 
-    /// Installs zeros where the run (a window, or shorter) needs them, under the caller's lock.
-    /// Discarded pages are filled only around a fault: ahead of one they are to stay as empty as
-    /// the guest wanted them.
-    pub(crate) fn fill_zeros(&self, state: &mut State, run: PageRun, reason: Reason) -> Bulk {
+    /// Installs zeros where the run (a piece) needs them, under the caller's lock. Discarded pages
+    /// are filled only around a fault: ahead of one they are to stay as empty as the guest wanted
+    /// them.
+    fn fill_zeros(&self, state: &mut State, run: PageRun, reason: Reason) -> Bulk {
         let mut at = run.first_page;
         while at < run.end_page() {
-            let zeros = (at..run.end_page())
-                .take_while(|page| self.zero_wanted(state, *page, reason))
-                .count() as u64;
-            if zeros == 0 {
-                at += 1;
-                continue;
-            }
-            let zeros = PageRun::new(at, zeros.min(ZERO_PAGES_MAX));
-            let filled = self.kernel.zero(zeros, true);
-            match self.bulk_filled(state, zeros, filled, SourceKind::Zero, reason) {
+            let rest = PageRun::new(at, run.end_page() - at);
+            match self.fill_zero_run(state, rest, reason) {
                 Ok(pages) => at += pages,
                 Err(end) => return end,
             }
         }
         Bulk::Done
+    }
+
+    /// Installs the zeros at a run's start. Returns how many pages are dealt with.
+    fn fill_zero_run(&self, state: &mut State, run: PageRun, reason: Reason) -> Result<u64, Bulk> {
+        let zeros = (run.first_page..run.end_page())
+            .take_while(|page| self.zero_wanted(state, *page, reason))
+            .count() as u64;
+        if zeros == 0 {
+            return Ok(1);
+        }
+        let zeros = PageRun::new(run.first_page, zeros.min(ZERO_PAGES_MAX));
+        let filled = self.kernel.zero(zeros, true, false);
+        self.bulk_filled(state, zeros, filled, SourceKind::Zero, reason)
     }
 
     fn zero_wanted(&self, state: &State, page: u64, reason: Reason) -> bool {
@@ -218,6 +336,11 @@ impl Service {
                 self.vmm_gone(state);
                 Err(Bulk::Over)
             }
+            Ok(Filled::Missing) => {
+                let error = std::io::Error::from_raw_os_error(libc::EFAULT);
+                self.fail_kernel("install pages", run.first_page, error);
+                Err(Bulk::Over)
+            }
             Err(error) => {
                 self.fail_kernel("install pages", run.first_page, error);
                 Err(Bulk::Over)
@@ -230,7 +353,7 @@ impl Service {
         let (before, _) = state.machine.waiting();
         self.drain(state);
         if before == 0 && state.machine.waiting().0 > 0 {
-            self.nudge_reader();
+            self.kernel.nudge();
         }
     }
 
@@ -317,7 +440,12 @@ impl Service {
 
 /// The bytes of some pages in a buffer that starts at the first page of `whole`.
 pub(crate) fn slice(whole: PageRun, first_page: u64, pages: u64, data: &[u8]) -> &[u8] {
-    let start = usize::try_from(first_page - whole.first_page).unwrap_or(usize::MAX) * PAGE_SIZE;
-    let len = usize::try_from(pages).unwrap_or(usize::MAX) * PAGE_SIZE;
-    &data[start..start + len]
+    let start = bytes(first_page - whole.first_page);
+    &data[start..start + bytes(pages)]
+}
+
+pub(crate) fn bytes(pages: u64) -> usize {
+    usize::try_from(pages)
+        .unwrap_or(usize::MAX)
+        .saturating_mul(PAGE_SIZE)
 }

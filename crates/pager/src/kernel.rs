@@ -5,12 +5,18 @@
 //! guest pages and host addresses and knows what kind of memory backs the guest.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
 
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::fs::{FallocateFlags, SeekFrom};
 
 use crate::error::PagerError;
+use crate::machine::FaultKind;
 use crate::page_set::{PAGE_SIZE, PAGE_SIZE_U64, PageRun};
+use crate::pagemap::Pagemap;
+use crate::source::Content;
 use crate::uffd::{Filled, RawEvent, Region, Uffd, WriteTracking};
 
 /// Pages of zeros that one call installs: 64 KiB. Bounds how long the page states stay locked.
@@ -34,27 +40,45 @@ pub enum Backing {
 /// Something that happened to the guest's memory, in guest pages and bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// A thread waits for this page. `protected`: it is there, but write-protected.
-    Fault {
-        page: u64,
-        write: bool,
-        protected: bool,
-    },
+    /// A thread waits for this page.
+    Fault { page: u64, kind: FaultKind },
     /// The VMM discards these bytes of guest memory.
     Remove { start_byte: u64, end_byte: u64 },
     /// A fault where the pager serves nothing.
     Stray { host_addr: u64 },
 }
 
+/// What ended a wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waited {
+    /// There are events.
+    Events,
+    /// Somebody wants the reader to look at the state. Told once.
+    Nudged,
+    /// The time has passed.
+    TimedOut,
+}
+
 /// The kernel's side. All calls return at once; runs must lie inside one region.
 pub(crate) trait Kernel: Send + Sync {
-    /// Hands over events that are queued. 0: there are none (left).
-    fn read_events(&self, sink: &mut dyn FnMut(Event)) -> io::Result<usize>;
+    /// Sleeps until there are events, or it is nudged, at most this long. The one call that waits;
+    /// for the reader alone.
+    fn wait(&self, timeout: Option<Duration>) -> io::Result<Waited>;
+    /// Ends the reader's wait, or the one that it begins next.
+    fn nudge(&self);
+    /// Hands over events that are queued. Returns whether there may be more.
+    fn read_events(&self, sink: &mut dyn FnMut(Event)) -> io::Result<bool>;
     /// Installs absent pages with this content, and wakes. `protect` where writes to them are
     /// still to be found out.
-    fn copy(&self, first_page: u64, data: &[u8], protect: bool) -> io::Result<Filled>;
-    /// Installs zero pages, at most [`ZERO_PAGES_MAX`], and wakes.
-    fn zero(&self, run: PageRun, protect: bool) -> io::Result<Filled>;
+    fn copy(&self, first_page: u64, content: Content<'_>, protect: bool) -> io::Result<Filled>;
+    /// Maps a page that is in the memory's file already, and wakes. `written`: the guest is known
+    /// to have written it.
+    fn map(&self, page: u64, written: bool) -> io::Result<Filled>;
+    /// Installs zero pages, at most [`ZERO_PAGES_MAX`], and wakes. `own`: they are about to be
+    /// written, so each is to have memory of its own.
+    fn zero(&self, run: PageRun, protect: bool, own: bool) -> io::Result<Filled>;
+    /// Whether a zero page that is installed takes memory of its own.
+    fn zeros_take_memory(&self) -> bool;
     /// Lets writes through to a page, and wakes.
     fn unprotect(&self, page: u64) -> io::Result<Filled>;
     /// Wakes whoever waits for a page.
@@ -137,6 +161,14 @@ impl Regions {
         (offset < region.len_bytes).then(|| region.host_addr + offset)
     }
 
+    /// The guest page that an address in the VMM belongs to.
+    fn guest_page(&self, host_addr: u64) -> Option<u64> {
+        let holds = |region: &&Region| (region.host_addr..region.host_end()).contains(&host_addr);
+        let region = self.by_guest.iter().find(holds)?;
+        let byte = host_addr - region.host_addr + region.guest_offset_bytes;
+        Some(byte / PAGE_SIZE_U64)
+    }
+
     /// Translates an event; a discard that spans regions becomes one event for each.
     fn translate(&self, event: RawEvent, sink: &mut dyn FnMut(Event)) {
         match event {
@@ -144,18 +176,16 @@ impl Regions {
                 host_addr,
                 write,
                 protected,
+                unmapped,
             } => {
-                let holds =
-                    |region: &&Region| (region.host_addr..region.host_end()).contains(&host_addr);
-                sink(match self.by_guest.iter().find(holds) {
-                    Some(region) => {
-                        let byte = host_addr - region.host_addr + region.guest_offset_bytes;
-                        Event::Fault {
-                            page: byte / PAGE_SIZE_U64,
-                            write,
-                            protected,
-                        }
-                    }
+                let kind = match (protected, unmapped, write) {
+                    (true, _, _) => FaultKind::Protected,
+                    (_, true, _) => FaultKind::Unmapped,
+                    (_, _, true) => FaultKind::Write,
+                    _ => FaultKind::Read,
+                };
+                sink(match self.guest_page(host_addr) {
+                    Some(page) => Event::Fault { page, kind },
                     None => Event::Stray { host_addr },
                 });
             }
@@ -183,9 +213,31 @@ pub(crate) struct HostKernel {
     pub(crate) regions: Regions,
     pub(crate) backing: Backing,
     pub(crate) tracking: WriteTracking,
+    /// Of the VMM; needed where the kernel tracks writes by itself.
+    pub(crate) pagemap: Option<Arc<Pagemap>>,
+    nudged: OwnedFd,
 }
 
 impl HostKernel {
+    pub(crate) fn new(
+        uffd: Uffd,
+        regions: Regions,
+        backing: Backing,
+        tracking: WriteTracking,
+        pagemap: Option<Arc<Pagemap>>,
+    ) -> io::Result<Self> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let nudged = rustix::event::eventfd(0, flags)?;
+        Ok(Self {
+            uffd,
+            regions,
+            backing,
+            tracking,
+            pagemap,
+            nudged,
+        })
+    }
+
     fn addr(&self, page: u64) -> io::Result<u64> {
         self.regions
             .host_addr(page)
@@ -211,27 +263,77 @@ impl Kernel for HostKernel {
         self.regions.around(page)
     }
 
-    fn read_events(&self, sink: &mut dyn FnMut(Event)) -> io::Result<usize> {
+    fn wait(&self, timeout: Option<Duration>) -> io::Result<Waited> {
+        let timeout = timeout.and_then(|time| Timespec::try_from(time).ok());
+        let mut fds = [
+            PollFd::new(&self.uffd, PollFlags::IN),
+            PollFd::new(&self.nudged, PollFlags::IN),
+        ];
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let [uffd_says, nudge_says] = fds.map(|fd| fd.revents());
+        if uffd_says.intersects(PollFlags::ERR | PollFlags::NVAL) {
+            return Err(io::Error::other("the descriptor is no longer usable"));
+        }
+        if !nudge_says.is_empty() {
+            let mut count = [0_u8; 8];
+            if let Err(error) = rustix::io::read(&self.nudged, &mut count) {
+                tracing::debug!(%error, "a nudge was taken back");
+            }
+            return Ok(Waited::Nudged);
+        }
+        Ok(if uffd_says.is_empty() {
+            Waited::TimedOut
+        } else {
+            Waited::Events
+        })
+    }
+
+    fn nudge(&self) {
+        if let Err(error) = rustix::io::write(&self.nudged, &1_u64.to_ne_bytes()) {
+            tracing::debug!(%error, "the reader was nudged already");
+        }
+    }
+
+    fn read_events(&self, sink: &mut dyn FnMut(Event)) -> io::Result<bool> {
         self.uffd
             .read_events(&mut |event| self.regions.translate(event, sink))
     }
 
-    fn copy(&self, first_page: u64, data: &[u8], protect: bool) -> io::Result<Filled> {
+    fn copy(&self, first_page: u64, content: Content<'_>, protect: bool) -> io::Result<Filled> {
         self.uffd.copy(
             self.addr(first_page)?,
-            data,
+            content,
             protect && self.tracking.protects(),
         )
     }
 
-    fn zero(&self, run: PageRun, protect: bool) -> io::Result<Filled> {
+    fn map(&self, page: u64, written: bool) -> io::Result<Filled> {
+        let addr = self.addr(page)?;
+        let protect = match (self.tracking, &self.pagemap) {
+            // What the kernel itself would do: a marker of the protection outlives the mapping,
+            // and a page without one counts as written.
+            (WriteTracking::Async, Some(pagemap)) => pagemap.protected(addr)?,
+            (WriteTracking::Sync, _) => !written,
+            _ => false,
+        };
+        self.uffd.map(addr, PAGE_SIZE_U64, protect)
+    }
+
+    fn zero(&self, run: PageRun, protect: bool, own: bool) -> io::Result<Filled> {
         let len_bytes = run.pages.min(ZERO_PAGES_MAX) * PAGE_SIZE_U64;
-        if self.tracking == WriteTracking::Off && matches!(self.backing, Backing::Anonymous) {
+        if !own && !self.zeros_take_memory() {
             return self.uffd.zero(self.addr(run.first_page)?, len_bytes);
         }
         // ZEROPAGE cannot write-protect, and on shared memory it allocates a page all the same.
         let zeros = usize::try_from(len_bytes).unwrap_or(ZEROS.len());
-        self.copy(run.first_page, &ZEROS[..zeros], protect)
+        self.copy(run.first_page, Content::Bytes(&ZEROS[..zeros]), protect)
+    }
+
+    fn zeros_take_memory(&self) -> bool {
+        self.tracking != WriteTracking::Off || !matches!(self.backing, Backing::Anonymous)
     }
 
     fn unprotect(&self, page: u64) -> io::Result<Filled> {
@@ -246,14 +348,15 @@ impl Kernel for HostKernel {
         match &self.backing {
             Backing::Anonymous => Ok(()),
             Backing::SharedMemfd(memfd) => {
-                let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                let offset = run.first_page * PAGE_SIZE_U64;
-                Ok(rustix::fs::fallocate(
-                    memfd,
-                    mode,
-                    offset,
-                    run.pages * PAGE_SIZE_U64,
-                )?)
+                // Mostly there is nothing: looking costs a tenth of punching.
+                let mut punched = Ok(());
+                memfd_runs(memfd.as_fd(), run, &mut |found| {
+                    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                    let offset = found.first_page * PAGE_SIZE_U64;
+                    let len = found.pages * PAGE_SIZE_U64;
+                    punched = punched.and(rustix::fs::fallocate(memfd, mode, offset, len));
+                })?;
+                Ok(punched?)
             }
         }
     }
@@ -314,11 +417,11 @@ mod tests {
             host_addr,
             write: true,
             protected: false,
+            unmapped: false,
         };
         let page = |page| Event::Fault {
             page,
-            write: true,
-            protected: false,
+            kind: FaultKind::Write,
         };
         assert_eq!(events(&regions, fault(501 * PAGE_SIZE_U64 + 8)), [page(1)]);
         assert_eq!(events(&regions, fault(490 * PAGE_SIZE_U64)), [page(20)]);

@@ -8,45 +8,57 @@
 //! - `machine`: the page states and waiting faults, pure
 //! - `service`: events and faults; the one lock, and why
 //! - `bulk`: many pages at once: neighbours, prefetch
+//! - `around`: how much is filled around a fault, pure
+//! - `file_source`: a raw memory file as a source
 //! - `threads`: reader, worker, prefetcher
 //! - `pager`: what the owner calls
-//! - `kernel`, `uffd`, `pagemap`: the kernel's side; all unsafe code is in the last two
+//! - [`handshake`], [`server`]: a page-fault handler of its own, for any VMM that speaks
+//!   Firecracker's handshake
+//! - `kernel`, `uffd`, `pagemap`: the kernel's side; unsafe code is in the last two and
+//!   in `file_source`
 //!
-//! It knows neither VMMs nor builds. It does not create the VMM's userfaultfd, kill a VMM that it
-//! cannot serve (it says so, see [`FailureSignal`]), read or write a build, or serve huge pages.
-//! It never makes up content: a page that cannot be read is a failure.
-//!
-//! One window is left, on shared memfds only. The VMM punches its hole without telling, so a page
-//! that was installed in that moment is punched again when the discard's event arrives. Should
-//! the reader be kept from running between the two for so long that the VMM finishes the discard,
-//! the guest gets its page back and writes to it, that write is lost. The kernel offers no way to
-//! see an event before the discarding thread is let go.
+//! Beyond that handshake it knows neither VMMs nor builds. It does not create the VMM's
+//! userfaultfd, kill a VMM that it cannot serve (it says so, see [`FailureSignal`]; only the
+//! server does), read or write a build, or serve huge pages. It never makes up content: a page that cannot be read is a failure.
 
+mod around;
 mod bulk;
 mod error;
 mod failure;
+mod file_source;
+pub mod handshake;
+#[cfg(test)]
+#[cfg(feature = "shuttle")]
+mod interleavings;
 mod kernel;
 mod machine;
 #[cfg(test)]
+#[cfg(not(feature = "shuttle"))]
 mod model;
 mod page_set;
 mod pagemap;
 mod pager;
+#[cfg(test)]
+#[cfg(not(feature = "shuttle"))]
+mod races;
+pub mod server;
 mod service;
 mod source;
 mod stats;
+mod sync;
 mod threads;
 mod uffd;
 mod working_set;
 
-pub use bulk::READ_PAGES_MAX;
+pub use bulk::{FILL_PAGES_MAX, READ_PAGES_MAX};
 pub use error::{PagerError, PagerFailure};
 pub use failure::FailureSignal;
+pub use file_source::FileSource;
 pub use kernel::Backing;
 pub use machine::DirtyPages;
 pub use page_set::{PAGE_SIZE, PageRun, PageSet};
 pub use pager::{Pager, PagerConfig};
-pub use source::{PageSource, SourceKind, SourceRun};
-pub use stats::PagerStats;
+pub use source::{Content, Mapped, PageSource, SourceKind, SourceRun};
+pub use stats::{Latencies, PagerStats};
 pub use uffd::{Region, Uffd, WriteTracking};
 pub use working_set::{WORKING_SET_PAGES_MAX, WORKING_SET_RUNS_MAX};

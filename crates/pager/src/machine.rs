@@ -60,6 +60,8 @@ pub(crate) enum FaultKind {
     Write,
     /// A write to a page that is there, but protected.
     Protected,
+    /// A page that is in the memory's file, but not mapped.
+    Unmapped,
 }
 
 /// Why a page was installed without a fault of its own.
@@ -88,6 +90,8 @@ struct Waiting {
     kind: FaultKind,
     since: Instant,
     stage: Stage,
+    /// What is filled along with it.
+    window: PageRun,
     /// The watchdog has spoken of it.
     reported: bool,
 }
@@ -204,7 +208,7 @@ impl Machine {
         now: Instant,
     ) -> Result<(), TooManyFaults> {
         self.set(page, USED);
-        if kind != FaultKind::Protected {
+        if matches!(kind, FaultKind::Read | FaultKind::Write) {
             self.clear(page, PRESENT);
         }
         if self.waiting.contains_key(&page) {
@@ -219,6 +223,7 @@ impl Machine {
             kind,
             since: now,
             stage: Stage::Fresh,
+            window: PageRun::new(page, 1),
             reported: false,
         };
         self.waiting.insert(page, waiting);
@@ -293,11 +298,29 @@ impl Machine {
             .is_some()
     }
 
-    /// The page's content must be fetched: to a worker.
-    pub(crate) fn enqueue(&mut self, page: u64) {
-        if self.move_to(page, Stage::Queued) {
+    /// The page's content must be fetched: to a worker, and this window after it.
+    pub(crate) fn enqueue(&mut self, page: u64, window: PageRun) {
+        if let Some(waiting) = self.waiting.get_mut(&page) {
+            waiting.stage = Stage::Queued;
+            waiting.window = window;
             self.queue.push_back(page);
         }
+    }
+
+    /// What is to be filled along with a waiting fault.
+    pub(crate) fn window(&self, page: u64) -> PageRun {
+        let waiting = self.waiting.get(&page);
+        waiting.map_or(PageRun::new(page, 1), |waiting| waiting.window)
+    }
+
+    /// Whether the guest is known to have written to the page.
+    pub(crate) fn is_written(&self, page: u64) -> bool {
+        self.bits(page) & WRITTEN != 0
+    }
+
+    /// Event: the page is not there, whatever was believed.
+    pub(crate) fn missing(&mut self, page: u64) {
+        self.clear(page, PRESENT);
     }
 
     /// The next fault for a worker.
@@ -441,7 +464,7 @@ mod tests {
             machine.fault(3, FaultKind::Read, now).unwrap();
         }
         assert_eq!(machine.take_fresh(), [3]);
-        machine.enqueue(3);
+        machine.enqueue(3, PageRun::new(3, 1));
         machine.fault(3, FaultKind::Write, now).unwrap();
         assert_eq!((machine.dequeue(), machine.dequeue()), (Some(3), None));
         assert_eq!(machine.finish(3), Some(now));
@@ -465,7 +488,7 @@ mod tests {
         let limit = std::time::Duration::from_secs(1);
         let mut machine = Machine::new(8);
         machine.fault(3, FaultKind::Read, now).unwrap();
-        machine.enqueue(3);
+        machine.enqueue(3, PageRun::new(3, 1));
         assert!(machine.overdue(now, limit).is_empty());
         let later = now + limit;
         let found = machine.overdue(later, limit);

@@ -14,16 +14,16 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use proptest::prelude::*;
-use rustix::event::EventfdFlags;
 
 use crate::failure::FailureSignal;
-use crate::kernel::{Event, Kernel};
-use crate::machine::{DirtyPages, Machine, Need};
+use crate::kernel::{Event, Kernel, Waited};
+use crate::machine::{DirtyPages, FaultKind, Machine, Need};
 use crate::page_set::{PAGE_SIZE, PageRun, PageSet};
 use crate::service::Service;
-use crate::source::{PageSource, SourceKind, SourceRun};
+use crate::source::{Content as Bytes, PageSource, SourceKind, SourceRun};
 use crate::stats::Counters;
 use crate::uffd::{Filled, WriteTracking};
 
@@ -73,6 +73,15 @@ enum Op {
     Prefetcher,
     /// The kernel does less than asked for, next time.
     Short,
+    /// The next discarding thread is faster than the reader: it is through, and its guest writes
+    /// to this page, between the reader's read of the event and all that follows.
+    Hasty {
+        page: u64,
+    },
+    /// What the source's cache can answer changes.
+    Cached {
+        all: bool,
+    },
 }
 
 /// A discarding thread, by what it does next.
@@ -97,7 +106,10 @@ struct Waiter {
 #[derive(Clone, Copy, Debug)]
 struct Page {
     content: Content,
+    /// Outlives the mapping, as the kernel's marker does.
     protected: bool,
+    /// Shared memory only: it may be in the file without being mapped.
+    mapped: bool,
 }
 
 /// What the guest knows of a page.
@@ -120,6 +132,8 @@ struct Sim {
     asleep: Vec<Waiter>,
     meanwhile: VecDeque<Op>,
     short: bool,
+    hasty: Option<u64>,
+    cached: bool,
     writes: u64,
     source_reads: u64,
 }
@@ -132,7 +146,7 @@ impl Sim {
     /// A guest thread touches a page: does it, or falls asleep.
     fn touch(&mut self, waiter: Waiter) {
         let Waiter { page, write } = waiter;
-        let Some(there) = self.pages[at(page)] else {
+        let Some(there) = self.pages[at(page)].filter(|there| there.mapped) else {
             self.unread.push_back(waiter);
             return;
         };
@@ -154,6 +168,7 @@ impl Sim {
         self.pages[at(page)] = Some(Page {
             content,
             protected: false,
+            mapped: true,
         });
         self.truth[at(page)] = Truth {
             content,
@@ -181,6 +196,14 @@ impl Sim {
         }
     }
 
+    fn unmap(&mut self, run: PageRun) {
+        for page in run.first_page..run.end_page() {
+            if let Some(there) = &mut self.pages[at(page)] {
+                there.mapped = false;
+            }
+        }
+    }
+
     /// The guest's view of a discard: from here on the pages are zero.
     fn discarded(&mut self, run: PageRun) {
         for page in run.first_page..run.end_page() {
@@ -190,6 +213,22 @@ impl Sim {
                 removed: true,
             };
         }
+    }
+
+    /// See [`Op::Hasty`].
+    fn overtake(&mut self, run: PageRun) {
+        let inside = |page: &u64| (run.first_page..run.end_page()).contains(page);
+        let Some(page) = self.hasty.take_if(|page| inside(page)) else {
+            return;
+        };
+        for _ in 0..2 {
+            if let Some(which) = self.discards.iter().position(|(found, _)| *found == run) {
+                self.run_discarder(which);
+            }
+        }
+        self.writes += 1;
+        let write = Some(self.writes);
+        self.touch(Waiter { page, write });
     }
 
     fn begin_discard(&mut self, run: PageRun) {
@@ -216,7 +255,9 @@ impl Sim {
             Discarder::Announced => {}
             Discarder::Released => self.discards[which].1 = Discarder::Running,
             Discarder::Running => {
-                if !self.shared {
+                if self.shared {
+                    self.unmap(run);
+                } else {
                     self.drop_pages(run);
                     self.discarded(run);
                 }
@@ -265,6 +306,7 @@ impl Sim {
             self.pages[at(page)] = Some(Page {
                 content: content(page),
                 protected: protect,
+                mapped: true,
             });
         }
         self.wake_run(done);
@@ -307,9 +349,13 @@ impl World {
             }
             Op::Discarder { which } => self.sim().run_discarder(which),
             Op::Short => self.sim().short = true,
+            Op::Hasty { page } => self.sim().hasty = Some(page),
+            Op::Cached { all } => self.sim().cached = all,
             Op::Reader => {
                 let service = self.service();
-                service.drain(&mut service.lock());
+                let mut state = service.lock();
+                service.drain(&mut state);
+                service.fill_around(&mut state);
             }
             Op::Retry => {
                 let service = self.service();
@@ -420,24 +466,35 @@ impl World {
 struct SimKernel(World);
 
 impl Kernel for SimKernel {
-    fn read_events(&self, sink: &mut dyn FnMut(Event)) -> io::Result<usize> {
+    fn wait(&self, _timeout: Option<Duration>) -> io::Result<Waited> {
+        unreachable!("nobody waits in this model");
+    }
+
+    fn nudge(&self) {}
+
+    fn read_events(&self, sink: &mut dyn FnMut(Event)) -> io::Result<bool> {
         let mut sim = self.0.sim();
         if let Some(waiter) = sim.unread.pop_front() {
             sim.asleep.push(waiter);
-            let there = sim.pages[at(waiter.page)].is_some();
-            let write = waiter.write.is_some();
+            let kind = match (sim.pages[at(waiter.page)], waiter.write) {
+                (Some(there), _) if !there.mapped => FaultKind::Unmapped,
+                (Some(_), Some(_)) => FaultKind::Protected,
+                (_, None) => FaultKind::Read,
+                (None, Some(_)) => FaultKind::Write,
+            };
             sink(Event::Fault {
                 page: waiter.page,
-                write,
-                protected: there && write,
+                kind,
             });
-            return Ok(1);
+            return Ok(true);
         }
         let announced = sim
             .discards
             .iter()
             .position(|(_, stage)| *stage == Discarder::Announced);
-        let Some(which) = announced else { return Ok(0) };
+        let Some(which) = announced else {
+            return Ok(false);
+        };
         let (run, _) = sim.discards[which];
         sim.discards[which].1 = Discarder::Released;
         if sim.shared {
@@ -449,10 +506,14 @@ impl Kernel for SimKernel {
             start_byte: run.first_page * size,
             end_byte: run.end_page() * size,
         });
-        Ok(1)
+        sim.overtake(run);
+        Ok(true)
     }
 
-    fn copy(&self, first_page: u64, data: &[u8], protect: bool) -> io::Result<Filled> {
+    fn copy(&self, first_page: u64, content: Bytes<'_>, protect: bool) -> io::Result<Filled> {
+        let Bytes::Bytes(data) = content else {
+            unreachable!("nothing is mapped in this model");
+        };
         for (bytes, page) in data.chunks(PAGE_SIZE).zip(first_page..) {
             assert_eq!(bytes[..8], page.to_le_bytes(), "another page's bytes");
         }
@@ -461,9 +522,29 @@ impl Kernel for SimKernel {
         Ok(self.0.sim().install(run, protect, |_| Content::Source))
     }
 
-    fn zero(&self, run: PageRun, protect: bool) -> io::Result<Filled> {
+    fn zero(&self, run: PageRun, protect: bool, _own: bool) -> io::Result<Filled> {
         let protect = protect && self.0.sim().tracking.protects();
         Ok(self.0.sim().install(run, protect, |_| Content::Zero))
+    }
+
+    fn map(&self, page: u64, written: bool) -> io::Result<Filled> {
+        let mut sim = self.0.sim();
+        if sim.changing() {
+            return Ok(sim.put_off());
+        }
+        let sync = sim.tracking == WriteTracking::Sync;
+        let Some(there) = &mut sim.pages[at(page)] else {
+            return Ok(Filled::Missing);
+        };
+        if there.mapped {
+            return Ok(Filled::Exists);
+        }
+        there.mapped = true;
+        if sync {
+            there.protected = !written;
+        }
+        sim.wake_run(PageRun::new(page, 1));
+        Ok(Filled::Bytes(PAGE_SIZE as u64))
     }
 
     fn unprotect(&self, page: u64) -> io::Result<Filled> {
@@ -491,6 +572,10 @@ impl Kernel for SimKernel {
         Ok(())
     }
 
+    fn zeros_take_memory(&self) -> bool {
+        self.0.sim().shared
+    }
+
     fn region_around(&self, page: u64) -> Option<PageRun> {
         (page < PAGES).then_some(REGION)
     }
@@ -510,6 +595,21 @@ impl PageSource for SimSource {
             pages: pages.max(1),
             kind: mine,
         }
+    }
+
+    fn at_hand<'a>(&'a self, run: PageRun, buf: &'a mut [u8]) -> Option<Bytes<'a>> {
+        if !self.0.sim().cached {
+            return None;
+        }
+        for (bytes, page) in buf.chunks_mut(PAGE_SIZE).zip(run.first_page..) {
+            assert_eq!(
+                in_source(page),
+                Content::Source,
+                "zero page {page} was asked for"
+            );
+            bytes[..8].copy_from_slice(&page.to_le_bytes());
+        }
+        Some(Bytes::Bytes(buf))
     }
 
     fn read(&self, first_page: u64, buf: &mut [u8]) -> io::Result<()> {
@@ -546,6 +646,8 @@ fn world(shared: bool, tracking: WriteTracking) -> (World, Arc<Service>) {
         asleep: Vec::new(),
         meanwhile: VecDeque::new(),
         short: false,
+        hasty: None,
+        cached: false,
         writes: 0,
         source_reads: 0,
     };
@@ -553,12 +655,10 @@ fn world(shared: bool, tracking: WriteTracking) -> (World, Arc<Service>) {
         sim: Arc::new(Mutex::new(sim)),
         service: Arc::new(OnceLock::new()),
     };
-    let nudge = rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap();
     let parts = (
         Machine::new(PAGES),
         Counters::new().unwrap(),
         FailureSignal::new().unwrap(),
-        nudge,
     );
     let kernel = Box::new(SimKernel(world.clone()));
     let source = Arc::new(SimSource(world.clone()));
@@ -579,6 +679,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => run().prop_map(|(first_page, pages)| Op::Prefetch { first_page, pages }),
         2 => Just(Op::Prefetcher),
         1 => Just(Op::Short),
+        2 => (0..PAGES).prop_map(|page| Op::Hasty { page }),
+        1 => any::<bool>().prop_map(|all| Op::Cached { all }),
     ]
 }
 

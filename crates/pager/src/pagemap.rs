@@ -19,8 +19,10 @@ pub(crate) const WRITTEN: u64 = 1 << 1;
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
 
-/// Bit 63 of a plain entry: present. Bit 62: swapped out.
-const ENTRY_THERE: u64 = 3 << 62;
+const ENTRY_PRESENT: u64 = 1 << 63;
+const ENTRY_SWAPPED: u64 = 1 << 62;
+/// Bit 57: write-protected through userfaultfd, also where only a marker is left of the page.
+const ENTRY_PROTECTED: u64 = 1 << 57;
 const ENTRY_BYTES: u64 = 8;
 
 /// Runs that one PAGEMAP_SCAN returns. 24 bytes each: 24 KiB of buffer, and a guest whose every
@@ -141,7 +143,17 @@ impl Pagemap {
         Ok(())
     }
 
-    /// Every page in `start..end` that is present or swapped out, by the plain file.
+    /// Whether a page carries write-protection, mapped or not.
+    pub(crate) fn protected(&self, addr: u64) -> io::Result<bool> {
+        let mut entry = [0; 8];
+        let offset = addr / PAGE_SIZE_U64 * ENTRY_BYTES;
+        self.file.read_exact_at(&mut entry, offset)?;
+        Ok(u64::from_le_bytes(entry) & ENTRY_PROTECTED != 0)
+    }
+
+    /// Every page in `start..end` that is present or swapped out, by the plain file. What is swapped
+    /// out and write-protected is left out: nobody has written it, and the marker that a discard
+    /// leaves on a private mapping of a file looks the same.
     pub(crate) fn there(
         &self,
         start: u64,
@@ -156,7 +168,9 @@ impl Pagemap {
             self.file.read_exact_at(&mut buf, page * ENTRY_BYTES)?;
             let (words, _) = buf.as_chunks::<8>();
             for (word, page) in words.iter().zip(page..) {
-                if u64::from_le_bytes(*word) & ENTRY_THERE != 0 {
+                let entry = u64::from_le_bytes(*word);
+                let swapped = entry & ENTRY_SWAPPED != 0 && entry & ENTRY_PROTECTED == 0;
+                if entry & ENTRY_PRESENT != 0 || swapped {
                     sink(page * PAGE_SIZE_U64, (page + 1) * PAGE_SIZE_U64);
                 }
             }

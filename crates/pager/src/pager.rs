@@ -12,8 +12,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::EventfdFlags;
-
 use crate::bulk::READ_PAGES_MAX;
 use crate::error::PagerError;
 use crate::failure::FailureSignal;
@@ -23,7 +21,7 @@ use crate::page_set::{PAGE_SIZE_U64, PageRun, PageSet};
 use crate::pagemap::Pagemap;
 use crate::service::Service;
 use crate::source::PageSource;
-use crate::stats::{Counters, PagerStats};
+use crate::stats::{Counters, Latencies, PagerStats};
 use crate::uffd::{Region, Uffd, WriteTracking};
 use crate::{threads, working_set};
 
@@ -67,7 +65,8 @@ pub struct PagerConfig {
     pub pagemap_pid: Option<i32>,
     /// What to bring in at once, in this order.
     pub prefetch: Vec<PageRun>,
-    /// Pages around a fault that are filled along with it (an aligned window; 1 turns it off).
+    /// Pages around a fault that are filled along with it (an aligned window, which grows while
+    /// faults are sequential; 1 turns it off).
     pub fault_around_pages: u64,
     /// Threads that fetch content from the source.
     pub workers: usize,
@@ -115,7 +114,7 @@ pub struct Pager {
     regions: Vec<Region>,
     span_pages: u64,
     memfd: Option<std::os::fd::OwnedFd>,
-    pagemap: Option<Pagemap>,
+    pagemap: Option<Arc<Pagemap>>,
     tracking: WriteTracking,
 }
 
@@ -146,7 +145,8 @@ impl Pager {
             .pagemap_pid
             .map(Pagemap::of_process)
             .transpose()
-            .map_err(host("open the VMM's pagemap"))?;
+            .map_err(host("open the VMM's pagemap"))?
+            .map(Arc::new);
         let memfd = match &config.backing {
             Backing::Anonymous => None,
             Backing::SharedMemfd(fd) => Some(
@@ -154,24 +154,21 @@ impl Pager {
                     .map_err(host("duplicate the guest memory's descriptor"))?,
             ),
         };
-        let uffd = config.uffd.as_fd().try_clone_to_owned();
-        let uffd = uffd.map_err(host("duplicate the userfaultfd"))?;
-        let kernel = HostKernel {
-            uffd: config.uffd,
+        let kernel = HostKernel::new(
+            config.uffd,
             regions,
-            backing: config.backing,
-            tracking: config.tracking,
-        };
+            config.backing,
+            config.tracking,
+            pagemap.clone(),
+        )
+        .map_err(host("make the reader's eventfd"))?;
         kernel
             .clear_shared()
             .map_err(host("empty the guest's memory"))?;
         let failure = FailureSignal::new().map_err(host("make the failure signal"))?;
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let nudge = rustix::event::eventfd(0, flags)
-            .map_err(|error| host("make the reader's eventfd")(error.into()))?;
         let counters =
             Counters::new().map_err(|_| PagerError::Config("latency histogram bounds"))?;
-        let parts = (Machine::new(span_pages), counters, failure, nudge);
+        let parts = (Machine::new(span_pages), counters, failure);
         let around_pages = config.fault_around_pages.clamp(1, READ_PAGES_MAX);
         let service = Arc::new(Service::new(
             Box::new(kernel),
@@ -189,7 +186,7 @@ impl Pager {
             pagemap,
             tracking: config.tracking,
         };
-        pager.spawn("reader", move |service| threads::reader(service, &uffd))?;
+        pager.spawn("reader", threads::reader)?;
         for _ in 0..config.workers {
             pager.spawn("worker", threads::worker)?;
         }
@@ -268,9 +265,11 @@ impl Pager {
                     discarding_pages,
                 });
             }
-            let state = self.service.lock();
+            let mut state = self.service.lock();
+            state.settlers += 1;
             let rested = self.service.rest.wait_timeout(state, SETTLE_POLL);
-            drop(rested.unwrap_or_else(PoisonError::into_inner));
+            let (mut state, _) = rested.unwrap_or_else(PoisonError::into_inner);
+            state.settlers -= 1;
         }
     }
 
@@ -406,6 +405,18 @@ impl Pager {
         state.counters.snapshot(state.machine.waiting().0)
     }
 
+    /// How long the faults so far waited.
+    #[must_use]
+    pub fn latencies(&self) -> Latencies {
+        self.service.lock().counters.latencies.clone()
+    }
+
+    /// When a page was installed last.
+    #[must_use]
+    pub fn last_install(&self) -> Option<Instant> {
+        self.service.lock().counters.last_install
+    }
+
     /// The signal that the pager had to give up on the guest, whose VMM must then be killed.
     #[must_use]
     pub fn failure(&self) -> FailureSignal {
@@ -421,11 +432,7 @@ impl Pager {
     }
 
     fn stop(&self) -> Result<(), PagerError> {
-        self.service.lock().stopping = true;
-        self.service.work.notify_all();
-        self.service.stop.notify_all();
-        self.service.rest.notify_all();
-        self.service.nudge_reader();
+        self.service.tell_to_stop();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         let started = Instant::now();
         loop {

@@ -7,31 +7,43 @@
 //! need only the address space's lock, which a thread that sleeps in a discard has let go.
 //!
 //! ```text
-//!   reader ──read events──▶ machine ──zero, wake, unprotect──▶ kernel      (at once)
-//!                              │ queue
-//!   worker ◀──fault────────────┘ ──read source──▶ look again ──copy──▶ kernel
+//!   reader ──read events──▶ machine ──zero, copy what is at hand, wake──▶ kernel   (at once)
+//!     │                        │ queue
+//!     │ then, piece by piece   ▼
+//!     │ the windows around   worker ──read source──▶ look again ──copy──▶ kernel
+//!     ▼
 //!   prefetcher ──read source──▶ look again ──copy what is still absent──▶ kernel
 //! ```
 //!
 //! Any of them may read events (it holds the lock); the reader is the one that waits for them.
-//! A copy never carries on after EAGAIN: the fault is set aside, and a worker tries again after a
-//! moment, events first.
+//! A fault whose content is at hand is served by the reader itself: handing it to another thread
+//! costs more than the copy. Windows around faults are filled 64 KiB at a time, and events are
+//! read in between, so that a fault waits for one piece at most.
+//!
+//! A copy never carries on after EAGAIN: the fault is set aside, and the reader tries again after
+//! a moment, events first.
+//!
+//! **Late copies on shared memory.** A VMM punches the hole of a discard first, without telling;
+//! only then comes the event. A page installed in between stays in the memory's file. It is
+//! punched again when the event has been read, and should the VMM be faster than that, the guest
+//! cannot get at the page: shared memory is registered for faults on pages that are in the file
+//! and not mapped as well, and such a fault on a discarded page punches it first.
 
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::bulk::slice;
+use crate::around::Around;
+use crate::bulk::{Backlog, bytes, piece_pages, slice};
 use crate::error::PagerFailure;
 use crate::failure::FailureSignal;
 use crate::kernel::{Event, Kernel};
 use crate::machine::{FaultKind, Machine, Need, Reason};
-use crate::page_set::PageRun;
-use crate::source::{PageSource, SourceKind};
+use crate::page_set::{PAGE_SIZE_U64, PageRun};
+use crate::source::{Content, PageSource, SourceKind};
 use crate::stats::Counters;
+use crate::sync::{AtomicUsize, Condvar, Mutex, MutexGuard, yield_now};
 use crate::uffd::{Filled, WriteTracking};
 
 /// Reads of events before faults are served even if more events are queued: 64 reads of 64. An
@@ -39,9 +51,9 @@ use crate::uffd::{Filled, WriteTracking};
 /// guest that discards in a loop starve its own faults.
 const READS_PER_DRAIN: u32 = 64;
 
-/// How long a worker waits before it tries again what the kernel put off. A discarding thread
-/// needs to be scheduled once in between: tens of microseconds.
-pub(crate) const AGAIN_PAUSE: Duration = Duration::from_micros(200);
+/// How long to wait before trying again what the kernel put off. A discarding thread needs to be
+/// scheduled once in between: tens of microseconds.
+pub(crate) const AGAIN_PAUSE: Duration = Duration::from_micros(50);
 
 /// Times that bulk work lets others go first before it takes the lock all the same.
 const YIELDS_MAX: u32 = 100;
@@ -57,7 +69,14 @@ pub(crate) struct State {
     pub(crate) prefetcher_runs: bool,
     pub(crate) vmm_gone: bool,
     pub(crate) stopping: bool,
+    /// Threads that wait for the pager to come to rest.
+    pub(crate) settlers: u32,
+    /// Windows around faults that are still to be filled.
+    pub(crate) backlog: Backlog,
+    around: Around,
     events: Vec<Event>,
+    /// For content at hand, one piece long.
+    pub(crate) scratch: Vec<u8>,
 }
 
 /// What all threads of one pager share.
@@ -65,10 +84,7 @@ pub(crate) struct Service {
     pub(crate) kernel: Box<dyn Kernel>,
     pub(crate) source: Arc<dyn PageSource>,
     pub(crate) tracking: WriteTracking,
-    pub(crate) fault_around_pages: u64,
     pub(crate) failure: FailureSignal,
-    /// Wakes the reader out of its wait: to stop, or to watch a fault that another thread took in.
-    pub(crate) nudge: OwnedFd,
     state: Mutex<State>,
     /// There is work for a worker, or the pager stops.
     pub(crate) work: Condvar,
@@ -86,9 +102,9 @@ impl Service {
         source: Arc<dyn PageSource>,
         tracking: WriteTracking,
         fault_around_pages: u64,
-        parts: (Machine, Counters, FailureSignal, OwnedFd),
+        parts: (Machine, Counters, FailureSignal),
     ) -> Self {
-        let (machine, counters, failure, nudge) = parts;
+        let (machine, counters, failure) = parts;
         let state = State {
             machine,
             counters,
@@ -96,15 +112,17 @@ impl Service {
             prefetcher_runs: false,
             vmm_gone: false,
             stopping: false,
+            settlers: 0,
+            backlog: Backlog::default(),
+            around: Around::new(fault_around_pages),
             events: Vec::new(),
+            scratch: Vec::new(),
         };
         Self {
             kernel,
             source,
             tracking,
-            fault_around_pages,
             failure,
-            nudge,
             state: Mutex::new(state),
             work: Condvar::new(),
             rest: Condvar::new(),
@@ -128,13 +146,25 @@ impl Service {
             if self.urgent.load(Ordering::Relaxed) == 0 {
                 break;
             }
-            std::thread::yield_now();
+            yield_now();
         }
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Lets others have the lock who serve a fault.
+    pub(crate) fn give_way(&self) {
+        if self.urgent.load(Ordering::Relaxed) > 0 {
+            yield_now();
+        }
+    }
+
     /// Sleeps, but not past a stop. Returns whether the pager goes on.
     pub(crate) fn pause(&self, time: Duration) -> bool {
+        if cfg!(feature = "shuttle") {
+            // Its waits know no time.
+            yield_now();
+            return !self.lock().stopping;
+        }
         let guard = self.lock();
         let waited = self
             .stop
@@ -143,10 +173,13 @@ impl Service {
         !guard.stopping
     }
 
-    pub(crate) fn nudge_reader(&self) {
-        if let Err(error) = rustix::io::write(&self.nudge, &1_u64.to_ne_bytes()) {
-            tracing::debug!(%error, "the reader was nudged already");
-        }
+    /// Tells all threads to end.
+    pub(crate) fn tell_to_stop(&self) {
+        self.lock().stopping = true;
+        self.work.notify_all();
+        self.stop.notify_all();
+        self.rest.notify_all();
+        self.kernel.nudge();
     }
 
     /// Gives up on the guest. Threads go on: they still read discards, so that the VMM's own
@@ -171,18 +204,21 @@ impl Service {
         let mut events = std::mem::take(&mut state.events);
         for _ in 0..READS_PER_DRAIN {
             match self.kernel.read_events(&mut |event| events.push(event)) {
-                Ok(0) => break,
-                Ok(_) => {}
+                Ok(more) => {
+                    let now = Instant::now();
+                    for event in events.drain(..) {
+                        self.take_in(state, event, now);
+                    }
+                    if !more {
+                        break;
+                    }
+                }
                 Err(error) => {
                     self.fail(PagerFailure::Events {
                         source: Arc::new(error),
                     });
                     break;
                 }
-            }
-            let now = Instant::now();
-            for event in events.drain(..) {
-                self.take_in(state, event, now);
             }
         }
         state.events = events;
@@ -193,16 +229,7 @@ impl Service {
 
     fn take_in(&self, state: &mut State, event: Event, now: Instant) {
         match event {
-            Event::Fault {
-                page,
-                write,
-                protected,
-            } => {
-                let kind = match (protected, write) {
-                    (true, _) => FaultKind::Protected,
-                    (false, true) => FaultKind::Write,
-                    (false, false) => FaultKind::Read,
-                };
+            Event::Fault { page, kind } => {
                 if state.machine.fault(page, kind, now).is_err() {
                     let limit = crate::machine::FAULTS_MAX;
                     self.fail(PagerFailure::TooManyFaults { limit });
@@ -213,6 +240,8 @@ impl Service {
                 end_byte,
             } => {
                 let run = state.machine.remove(start_byte, end_byte);
+                // What the guest gives back is not to be filled for it.
+                state.backlog.drop_overlapping(run);
                 state.counters.stats.removes += 1;
                 state.counters.stats.pages_removed += run.pages;
                 if run.pages > 0
@@ -233,20 +262,112 @@ impl Service {
             return;
         };
         let need = state.machine.need(page);
-        if kind == FaultKind::Protected {
-            self.allow_write(state, page, need);
-            return;
-        }
-        match need {
-            Need::Nothing => self.wake_and_finish(state, page),
-            Need::Zero => self.install_zero(state, page, kind),
-            Need::Source => match self.source.run_at(page).kind {
+        match (kind, need) {
+            (FaultKind::Protected, _) => self.allow_write(state, page, need),
+            (FaultKind::Unmapped, Need::Zero) => self.replace_late_copy(state, page),
+            (FaultKind::Unmapped, _) => self.map(state, page, need),
+            (_, Need::Nothing) => self.wake_and_finish(state, page),
+            (_, Need::Zero) => self.install_zero(state, page, kind),
+            (_, Need::Source) => match self.source.run_at(page).kind {
                 SourceKind::Zero => self.install_zero(state, page, kind),
-                SourceKind::Data => {
-                    state.machine.enqueue(page);
-                    self.work.notify_one();
-                }
+                SourceKind::Data => self.install_data(state, page, kind),
             },
+        }
+    }
+
+    /// Copies the page if it is at hand; a worker has to read it otherwise.
+    ///
+    /// A page inside a window that is being filled is asked for by a thread that has caught up
+    /// with the filling. It gets the next piece at once: with a single page it would be back
+    /// before the piece is there.
+    fn install_data(&self, state: &mut State, page: u64, kind: FaultKind) {
+        let claimed = state.backlog.claim(page);
+        let run = match claimed {
+            Some(rest) if self.protects(kind) => self.data_from(state, page, rest),
+            _ => PageRun::new(page, 1),
+        };
+        let mut scratch = std::mem::take(&mut state.scratch);
+        scratch.resize(bytes(run.pages), 0);
+        let filled = self.source.at_hand(run, &mut scratch).map(|content| {
+            let protect = self.protects(kind);
+            self.kernel.copy(page, content, protect)
+        });
+        state.scratch = scratch;
+        let window = claimed.unwrap_or_else(|| state.around.window(page, self.region(page), false));
+        match filled {
+            None | Some(Ok(Filled::Missing)) => {
+                state.machine.enqueue(page, window);
+                self.work.notify_one();
+            }
+            Some(filled) => {
+                let done_pages = match &filled {
+                    Ok(Filled::Bytes(bytes)) => bytes / PAGE_SIZE_U64,
+                    _ => 1,
+                };
+                if !self.fault_filled(state, page, kind, filled, SourceKind::Data) {
+                    return;
+                }
+                let more = PageRun::new(page + 1, done_pages.saturating_sub(1));
+                self.count(state, more, SourceKind::Data, Reason::Neighbour);
+                match claimed {
+                    None => state.backlog.push(window),
+                    Some(rest) => {
+                        let pages = rest.pages.saturating_sub(done_pages);
+                        state
+                            .backlog
+                            .push_next(PageRun::new(rest.end_page() - pages, pages));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The absent data pages from `page` on, at most one piece.
+    fn data_from(&self, state: &State, page: u64, window: PageRun) -> PageRun {
+        let data_pages = self.source.run_at(page).pages;
+        let most = window.pages.min(data_pages).min(piece_pages(window));
+        let absent = (page..page + most)
+            .take_while(|page| state.machine.need(*page) == Need::Source)
+            .count() as u64;
+        PageRun::new(page, absent.max(1))
+    }
+
+    /// A discarded page is in the memory's file: a copy that came late. See the module.
+    fn replace_late_copy(&self, state: &mut State, page: u64) {
+        if let Err(error) = self.kernel.drop_late_copies(PageRun::new(page, 1)) {
+            state.machine.lose(page);
+            return self.fail_kernel("drop a late copy", page, error);
+        }
+        self.install_zero(state, page, FaultKind::Read);
+    }
+
+    /// The page is in the memory's file, and not mapped: the kernel has unmapped it, or the VMM
+    /// wrote it past its mapping.
+    fn map(&self, state: &mut State, page: u64, need: Need) {
+        let written = need != Need::Nothing || state.machine.is_written(page);
+        match self.kernel.map(page, written) {
+            Ok(Filled::Bytes(_)) => {
+                state.machine.found(page, Reason::Fault);
+                if written {
+                    state.machine.written(page);
+                }
+                self.finish(state, page);
+            }
+            Ok(Filled::Exists) => {
+                state.machine.found(page, Reason::Fault);
+                self.wake_and_finish(state, page);
+            }
+            Ok(Filled::Missing) => {
+                // Punched meanwhile: the thread faults again, on a missing page.
+                state.machine.missing(page);
+                self.wake_and_finish(state, page);
+            }
+            Ok(Filled::Again) => self.put_off(state, page),
+            Ok(Filled::Gone) => self.vmm_gone(state),
+            Err(error) => {
+                state.machine.lose(page);
+                self.fail_kernel("map the page", page, error);
+            }
         }
     }
 
@@ -264,6 +385,10 @@ impl Service {
                 state.counters.stats.write_faults += 1;
                 self.finish(state, page);
             }
+            Ok(Filled::Missing) => {
+                state.machine.missing(page);
+                self.wake_and_finish(state, page);
+            }
             Ok(Filled::Again) => self.put_off(state, page),
             Ok(Filled::Gone) => self.vmm_gone(state),
             Err(error) => {
@@ -274,11 +399,41 @@ impl Service {
     }
 
     fn install_zero(&self, state: &mut State, page: u64, kind: FaultKind) {
-        let filled = self.kernel.zero(PageRun::new(page, 1), self.protects(kind));
+        // Zeros are not pressed on a guest that gives memory back, nor where they take memory.
+        let removed = state.machine.need(page) == Need::Zero;
+        let shy = removed || self.kernel.zeros_take_memory();
+        // What a guest takes back it writes to: a shared zero page would be broken up at once.
+        let own = removed || kind == FaultKind::Write;
+        let run = PageRun::new(page, 1);
+        let filled = self.kernel.zero(run, self.protects(kind), own);
         if self.fault_filled(state, page, kind, filled, SourceKind::Zero) {
-            let window = self.window(page);
-            self.fill_zeros(state, window, Reason::Neighbour);
+            match state.backlog.claim(page) {
+                Some(rest) => state.backlog.push_next(rest),
+                None => {
+                    let window = state.around.window(page, self.region(page), shy);
+                    let zeros = self.zeros_around(state, page, window);
+                    state.backlog.push(zeros);
+                }
+            }
         }
+    }
+
+    /// The part of a window around a page that needs no content: zeros cost next to nothing, and
+    /// who asks for one has not asked for what lies behind them.
+    fn zeros_around(&self, state: &State, page: u64, window: PageRun) -> PageRun {
+        let free = |page: &u64| {
+            state.machine.need(*page) != Need::Source
+                || self.source.run_at(*page).kind == SourceKind::Zero
+        };
+        let before = (window.first_page..page).rev().take_while(free).count() as u64;
+        let after = (page..window.end_page()).take_while(free).count() as u64;
+        PageRun::new(page - before, before + after)
+    }
+
+    /// The region that holds a page.
+    pub(crate) fn region(&self, page: u64) -> PageRun {
+        let region = self.kernel.region_around(page);
+        region.unwrap_or(PageRun::new(page, 1))
     }
 
     /// Whether a page installed for this fault is write-protected. Where each write is a fault, a
@@ -318,6 +473,12 @@ impl Service {
                 self.vmm_gone(state);
                 false
             }
+            Ok(Filled::Missing) => {
+                let error = std::io::Error::from_raw_os_error(libc::EFAULT);
+                state.machine.lose(page);
+                self.fail_kernel("install the page", page, error);
+                false
+            }
             Err(error) => {
                 state.machine.lose(page);
                 self.fail_kernel("install the page", page, error);
@@ -329,7 +490,6 @@ impl Service {
     fn put_off(&self, state: &mut State, page: u64) {
         state.counters.stats.eagain += 1;
         state.machine.set_aside(page);
-        self.work.notify_one();
     }
 
     pub(crate) fn vmm_gone(&self, state: &mut State) {
@@ -352,7 +512,7 @@ impl Service {
         if let Some(since) = state.machine.finish(page) {
             state.counters.fault_answered(since.elapsed());
         }
-        if state.machine.waiting().0 == 0 {
+        if state.settlers > 0 && state.machine.waiting().0 == 0 {
             self.rest.notify_all();
         }
     }
@@ -367,6 +527,7 @@ impl Service {
         for page in run.first_page..run.end_page() {
             state.machine.installed(page, reason);
         }
+        state.counters.last_install = Some(Instant::now());
         let stats = &mut state.counters.stats;
         match content {
             SourceKind::Zero => stats.pages_zeroed += run.pages,
@@ -381,7 +542,8 @@ impl Service {
 
     /// Serves a fault whose content must be fetched: the page first, then its neighbours.
     pub(crate) fn serve(&self, page: u64, buf: &mut Vec<u8>) {
-        let span = self.data_span(page);
+        let window = self.lock().machine.window(page);
+        let span = self.data_span(page, window);
         let at_once = if self.source.block_pages() > 1 {
             span
         } else {
@@ -399,15 +561,17 @@ impl Service {
             // The page may have been discarded, or brought in, while its content was fetched.
             match (state.machine.need(page), state.machine.kind(page)) {
                 (Need::Source, Some(kind)) => {
-                    let filled =
-                        self.kernel
-                            .copy(page, slice(at_once, page, 1, buf), self.protects(kind));
+                    let content = Content::Bytes(slice(at_once, page, 1, buf));
+                    let filled = self.kernel.copy(page, content, self.protects(kind));
                     if !self.fault_filled(&mut state, page, kind, filled, SourceKind::Data) {
                         return;
                     }
                 }
                 _ => self.decide(&mut state, page),
             }
+        }
+        if self.lock().machine.has_aside() {
+            self.kernel.nudge();
         }
         if at_once != span {
             let Some(rest) = self.absent_part(span) else {

@@ -2,6 +2,10 @@
 //!
 //! The pager knows builds, files and networks only through this trait.
 
+use std::marker::PhantomData;
+
+use crate::page_set::PageRun;
+
 /// What a run of the source's pages holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SourceKind {
@@ -39,10 +43,72 @@ pub trait PageSource: Send + Sync + 'static {
     /// then gives up on the guest: it never makes content up.
     fn read(&self, first_page: u64, buf: &mut [u8]) -> std::io::Result<()>;
 
+    /// The content of a run, if it can be had without waiting for anything: out of memory, or out
+    /// of the host's page cache. `None` where it cannot; the pager then calls
+    /// [`PageSource::read`] on another thread.
+    ///
+    /// Must not block: it is called while the page states are locked, by the thread that reads the
+    /// kernel's events. `buf` is as long as the run and may be filled and returned. Asked for at
+    /// most [`FILL_PAGES_MAX`](crate::FILL_PAGES_MAX) pages, all of kind [`SourceKind::Data`].
+    fn at_hand<'a>(&'a self, run: PageRun, buf: &'a mut [u8]) -> Option<Content<'a>> {
+        let _ = (run, buf);
+        None
+    }
+
     /// How many aligned pages cost about as much to read as one of them does, for instance the
     /// pages of a compressed frame. The pager then reads a faulting page's neighbours along with
     /// it instead of asking twice. 1 where a single page is cheapest.
     fn block_pages(&self) -> u64 {
         1
+    }
+}
+
+/// Pages' bytes, for the kernel to copy.
+#[derive(Clone, Copy, Debug)]
+pub enum Content<'a> {
+    /// Bytes like any others.
+    Bytes(&'a [u8]),
+    /// A mapped file's bytes.
+    Mapped(Mapped<'a>),
+}
+
+/// A piece of a mapped file that only the kernel reads. Not a slice: the file may change, shrink
+/// or fail under it, which the kernel answers with an error where a program would be killed.
+#[derive(Clone, Copy, Debug)]
+pub struct Mapped<'a> {
+    addr: u64,
+    len_bytes: u64,
+    mapping: PhantomData<&'a [u8]>,
+}
+
+impl Mapped<'_> {
+    /// A piece of a mapping of the calling process.
+    ///
+    /// # Safety
+    /// The range must stay mapped to the file, and to nothing else, for the lifetime that is given
+    /// to it. Whether it can be read does not matter.
+    #[must_use]
+    pub unsafe fn new(addr: u64, len_bytes: u64) -> Self {
+        Self {
+            addr,
+            len_bytes,
+            mapping: PhantomData,
+        }
+    }
+}
+
+impl Content<'_> {
+    /// Where it stands in this process, and how long it is.
+    pub(crate) fn range(&self) -> (u64, u64) {
+        match self {
+            Self::Bytes(bytes) => (bytes.as_ptr().addr() as u64, bytes.len() as u64),
+            Self::Mapped(mapped) => (mapped.addr, mapped.len_bytes),
+        }
+    }
+}
+
+impl<'a> From<&'a [u8]> for Content<'a> {
+    fn from(bytes: &'a [u8]) -> Self {
+        Self::Bytes(bytes)
     }
 }

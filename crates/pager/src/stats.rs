@@ -1,6 +1,6 @@
 //! What the pager has done so far.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use serde::Serialize;
@@ -47,36 +47,81 @@ pub struct PagerStats {
     pub max_us: u64,
 }
 
+/// How long faults waited, from their being read to the wake; of one guest or of several.
+#[derive(Clone, Debug, Default)]
+pub struct Latencies {
+    us: Option<Histogram<u64>>,
+    max: Duration,
+}
+
+impl Latencies {
+    fn new() -> Result<Self, hdrhistogram::CreationError> {
+        Ok(Self {
+            us: Some(Histogram::new_with_max(LATENCY_US_MAX, LATENCY_DIGITS)?),
+            max: Duration::ZERO,
+        })
+    }
+
+    fn record(&mut self, took: Duration) {
+        self.max = self.max.max(took);
+        if let Some(us) = &mut self.us {
+            us.saturating_record(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        }
+    }
+
+    /// Adds another guest's.
+    pub fn add(&mut self, other: &Self) {
+        self.max = self.max.max(other.max);
+        match (&mut self.us, &other.us) {
+            (Some(us), Some(others)) => {
+                if let Err(error) = us.add(others) {
+                    tracing::warn!(%error, "latencies that cannot be added up");
+                }
+            }
+            (us @ None, others) => us.clone_from(others),
+            (Some(_), None) => {}
+        }
+    }
+
+    /// The median, the 99th percentile and the maximum, in microseconds.
+    #[must_use]
+    pub fn quantiles(&self) -> (u64, u64, u64) {
+        let at = |share| self.us.as_ref().map_or(0, |us| us.value_at_quantile(share));
+        let max_us = u64::try_from(self.max.as_micros()).unwrap_or(u64::MAX);
+        (at(0.5), at(0.99), max_us)
+    }
+}
+
 /// The running counters.
 #[derive(Debug)]
 pub(crate) struct Counters {
     pub(crate) stats: PagerStats,
-    latency_us: Histogram<u64>,
-    max: Duration,
+    pub(crate) latencies: Latencies,
+    /// When a page was installed last.
+    pub(crate) last_install: Option<Instant>,
 }
 
 impl Counters {
     pub(crate) fn new() -> Result<Self, hdrhistogram::CreationError> {
         Ok(Self {
             stats: PagerStats::default(),
-            latency_us: Histogram::new_with_max(LATENCY_US_MAX, LATENCY_DIGITS)?,
-            max: Duration::ZERO,
+            latencies: Latencies::new()?,
+            last_install: None,
         })
     }
 
     pub(crate) fn fault_answered(&mut self, took: Duration) {
         self.stats.faults += 1;
-        self.max = self.max.max(took);
-        self.latency_us
-            .saturating_record(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        self.latencies.record(took);
     }
 
     pub(crate) fn snapshot(&self, faults_waiting: usize) -> PagerStats {
+        let (p50_us, p99_us, max_us) = self.latencies.quantiles();
         PagerStats {
             faults_waiting: faults_waiting as u64,
-            p50_us: self.latency_us.value_at_quantile(0.5),
-            p99_us: self.latency_us.value_at_quantile(0.99),
-            max_us: u64::try_from(self.max.as_micros()).unwrap_or(u64::MAX),
+            p50_us,
+            p99_us,
+            max_us,
             ..self.stats
         }
     }

@@ -4,18 +4,29 @@
 //! there is something to prefetch.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
-
+use crate::bulk::FILL_PAGES_MAX;
 use crate::error::PagerFailure;
+use crate::kernel::Waited;
 use crate::service::{AGAIN_PAUSE, Service, State};
+use crate::sync::yield_now;
 
 /// How often the reader looks for overdue faults while any fault waits.
 const WATCH_PERIOD: Duration = Duration::from_millis(250);
+
+/// How long the reader polls for the next event before it sleeps, while they come thick. About
+/// the time that a guest thread needs from being woken to its next fault, with some room.
+const POLL_MAX: Duration = Duration::from_micros(50);
+
+/// How long what the kernel puts off is tried again without a pause, others going first each time:
+/// a discarding thread is mostly through within that, and every waiting fault waits for it.
+const YIELD_MAX: Duration = Duration::from_micros(300);
+
+/// The longest pause before what the kernel puts off is tried again.
+const AGAIN_PAUSE_MAX: Duration = Duration::from_millis(5);
 
 /// A thread's stack: the reader holds one batch of events, 2 KiB; a source may need more.
 const STACK_BYTES: usize = 256 * 1024;
@@ -55,43 +66,114 @@ impl Drop for PanicAlarm<'_> {
     }
 }
 
-/// Waits for events and takes them in. Never waits for a worker or for storage.
-pub(crate) fn reader(service: &Service, uffd: &OwnedFd) {
-    let mut faults_wait = false;
+/// Waits for events, takes them in and serves what is at hand. Never waits for a worker or for
+/// storage.
+pub(crate) fn reader(service: &Service) {
+    let mut pace = Pace::default();
     loop {
-        let timeout = if faults_wait {
-            Timespec::try_from(WATCH_PERIOD).ok()
-        } else {
-            None
+        let turn = {
+            let mut state = service.lock();
+            if state.stopping {
+                return;
+            }
+            turn(service, &mut state)
         };
-        let mut fds = [
-            PollFd::new(uffd, PollFlags::IN),
-            PollFd::new(&service.nudge, PollFlags::IN),
-        ];
-        match rustix::event::poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return give_up(service, error.into()),
+        let waited = match turn {
+            Turn::Busy { mut filled_pages } => {
+                // Where many threads fault, one piece for each batch of their faults would leave
+                // the windows behind for good.
+                while filled_pages < FILL_PAGES_MAX {
+                    service.give_way();
+                    match service.fill_around(&mut service.lock()) {
+                        0 => break,
+                        pages => filled_pages += pages,
+                    }
+                }
+                service.give_way();
+                continue;
+            }
+            Turn::Quiet { timeout } => pace.wait(service, timeout),
+            // The discarding thread has to run once: it may stand on this processor.
+            Turn::Again => {
+                yield_now();
+                pace.wait_again(service)
+            }
+        };
+        if let Err(error) = waited {
+            return give_up(service, error);
         }
-        let [uffd_says, nudge_says] = fds.map(|fd| fd.revents());
-        if uffd_says.intersects(PollFlags::ERR | PollFlags::NVAL) {
-            return give_up(
-                service,
-                io::Error::other("the descriptor is no longer usable"),
-            );
+    }
+}
+
+/// What the reader does next.
+enum Turn {
+    /// There is more to fill than this.
+    Busy { filled_pages: u64 },
+    /// The kernel put something off: to be tried again soon.
+    Again,
+    /// Nothing to do until an event comes, or this time has passed.
+    Quiet { timeout: Option<Duration> },
+}
+
+/// Events and faults, then one piece of what nobody waits for.
+fn turn(service: &Service, state: &mut State) -> Turn {
+    if state.machine.has_aside() {
+        service.retry(state);
+    } else {
+        service.drain(state);
+    }
+    let filled_pages = service.fill_around(state);
+    if !state.backlog.is_empty() {
+        return Turn::Busy { filled_pages };
+    }
+    service.watch(state);
+    if state.machine.has_aside() && !state.vmm_gone {
+        return Turn::Again;
+    }
+    let timeout = if state.machine.waiting().0 > 0 {
+        Some(WATCH_PERIOD)
+    } else {
+        None
+    };
+    Turn::Quiet { timeout }
+}
+
+/// Decides between sleeping and polling. While faults come thick, waking up costs more than the
+/// fault: then the reader polls for a moment before it sleeps.
+#[derive(Debug, Default)]
+struct Pace {
+    /// The last wait ended soon, with an event.
+    thick: bool,
+    /// Since when the kernel has been putting something off.
+    again_since: Option<Instant>,
+}
+
+impl Pace {
+    fn wait_again(&mut self, service: &Service) -> io::Result<()> {
+        let since = self.again_since.get_or_insert_with(Instant::now);
+        let waited = since.elapsed();
+        if waited < YIELD_MAX {
+            return Ok(());
         }
-        if nudge_says.contains(PollFlags::IN) {
-            let mut count = [0; 8];
-            if let Err(error) = rustix::io::read(&service.nudge, &mut count) {
-                tracing::debug!(%error, "the nudge was taken already");
+        // A thread that has been stopped in the middle of its discard may take for ever.
+        let pause = (waited / 4).clamp(AGAIN_PAUSE, AGAIN_PAUSE_MAX);
+        service.kernel.wait(Some(pause)).map(drop)
+    }
+
+    fn wait(&mut self, service: &Service, timeout: Option<Duration>) -> io::Result<()> {
+        self.again_since = None;
+        let started = Instant::now();
+        if self.thick {
+            while started.elapsed() < POLL_MAX {
+                if service.kernel.wait(Some(Duration::ZERO))? != Waited::TimedOut {
+                    return Ok(());
+                }
+                std::hint::spin_loop();
             }
         }
-        let mut state = service.lock();
-        if state.stopping {
-            return;
-        }
-        service.drain(&mut state);
-        service.watch(&mut state);
-        faults_wait = state.machine.waiting().0 > 0;
+        let waited = service.kernel.wait(timeout)?;
+        self.thick = waited == Waited::Events && started.elapsed() < POLL_MAX;
+        Ok(())
     }
 }
 
@@ -102,7 +184,7 @@ fn give_up(service: &Service, error: io::Error) {
     service.rest.notify_all();
 }
 
-/// Serves faults that need storage, and tries again what the kernel put off.
+/// Serves faults that need storage.
 pub(crate) fn worker(service: &Service) {
     let mut buf = Vec::new();
     while let Some(page) = next_fault(service) {
@@ -123,26 +205,16 @@ fn next_fault(service: &Service) -> Option<u64> {
             }
             // A neighbour's worker brought it in meanwhile, or it was discarded.
             service.decide(&mut state, page);
+            if state.machine.has_aside() {
+                service.kernel.nudge();
+            }
             continue;
         }
-        state = wait_for_work(service, state);
-    }
-}
-
-fn wait_for_work<'a>(
-    service: &'a Service,
-    state: std::sync::MutexGuard<'a, State>,
-) -> std::sync::MutexGuard<'a, State> {
-    if !state.machine.has_aside() || state.vmm_gone {
-        return service
+        state = service
             .work
             .wait(state)
             .unwrap_or_else(PoisonError::into_inner);
     }
-    let waited = service.work.wait_timeout(state, AGAIN_PAUSE);
-    let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-    service.retry(&mut state);
-    state
 }
 
 /// Brings in what is queued for prefetching, then ends.

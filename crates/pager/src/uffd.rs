@@ -17,7 +17,8 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::error::PagerError;
-use crate::page_set::{PAGE_SIZE, PAGE_SIZE_U64};
+use crate::page_set::PAGE_SIZE_U64;
+use crate::source::Content;
 
 const UFFD_API: u64 = 0xAA;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
@@ -26,15 +27,19 @@ const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+const UFFDIO_CONTINUE: libc::c_ulong = 0xc020_aa07;
 
 const REGISTER_MODE_MISSING: u64 = 1;
 const REGISTER_MODE_WP: u64 = 1 << 1;
+const REGISTER_MODE_MINOR: u64 = 1 << 2;
+const CONTINUE_MODE_WP: u64 = 1 << 1;
 const COPY_MODE_WP: u64 = 1 << 1;
 const WRITEPROTECT_MODE_WP: u64 = 1;
 
 const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1;
 const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
 const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
@@ -43,6 +48,7 @@ const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_REMOVE: u8 = 0x15;
 const PAGEFAULT_FLAG_WRITE: u64 = 1;
 const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
+const PAGEFAULT_FLAG_MINOR: u64 = 1 << 2;
 
 /// `UFFD_USER_MODE_ONLY`: a descriptor that anyone may create, good enough to ask for features.
 const USER_MODE_ONLY: libc::c_int = 1;
@@ -84,6 +90,13 @@ struct UffdioZeropage {
     range: UffdioRange,
     mode: u64,
     zeropage: i64,
+}
+
+#[repr(C)]
+struct UffdioContinue {
+    range: UffdioRange,
+    mode: u64,
+    mapped: i64,
 }
 
 #[repr(C)]
@@ -268,8 +281,8 @@ impl Uffd {
         // Named where the kernel has them, so that shared memory can be registered: older kernels
         // refuse to hear of them, newer ones need not be told.
         let welcome = match tracking {
-            WriteTracking::Off => FEATURE_MISSING_SHMEM,
-            _ => FEATURE_MISSING_SHMEM | FEATURE_WP_HUGETLBFS_SHMEM,
+            WriteTracking::Off => FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM,
+            _ => FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM | FEATURE_WP_HUGETLBFS_SHMEM,
         };
         api(&self.fd, needed | (offered & welcome))
             .map(|_| ())
@@ -280,7 +293,9 @@ impl Uffd {
             })
     }
 
-    /// Registers a region for missing pages, and for write-protection where writes are tracked.
+    /// Registers a region for missing pages, and for write-protection where writes are tracked;
+    /// shared memory also for pages that are in the file and not mapped (see `service`), where
+    /// the kernel can (5.14).
     ///
     /// # Errors
     /// The region is malformed, or the kernel refuses it.
@@ -291,12 +306,21 @@ impl Uffd {
         } else {
             0
         };
-        let mut arg = UffdioRegister {
-            range: region.range(),
-            mode: REGISTER_MODE_MISSING | wp,
-            ioctls: 0,
+        let mode = REGISTER_MODE_MISSING | wp;
+        let register = |mode| {
+            let mut arg = UffdioRegister {
+                range: region.range(),
+                mode,
+                ioctls: 0,
+            };
+            ioctl(&self.fd, UFFDIO_REGISTER, &mut arg)
         };
-        ioctl(&self.fd, UFFDIO_REGISTER, &mut arg).map_err(|source| PagerError::Setup {
+        let registered = match register(mode | REGISTER_MODE_MINOR) {
+            // Not shared memory, or an older kernel.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => register(mode),
+            registered => registered,
+        };
+        registered.map_err(|source| PagerError::Setup {
             step: "register the guest's memory (UFFDIO_REGISTER)",
             next_step: "shared memory with write tracking needs kernel 5.19 or newer",
             source,
@@ -343,20 +367,20 @@ impl Uffd {
         ioctl(&self.fd, UFFDIO_WAKE, &mut arg)
     }
 
-    /// Copies `data` (whole pages) to an absent range and wakes whoever waits there.
+    /// Copies whole pages to an absent range and wakes whoever waits there.
     pub(crate) fn copy(
         &self,
         host_addr: u64,
-        data: &[u8],
+        content: Content<'_>,
         protect: bool,
     ) -> Result<Filled, io::Error> {
-        debug_assert!(data.len().is_multiple_of(PAGE_SIZE) && !data.is_empty());
-        let len = data.len() as u64;
+        let (src, len) = content.range();
+        debug_assert!(len.is_multiple_of(PAGE_SIZE_U64) && len > 0);
         let mode = if protect { COPY_MODE_WP } else { 0 };
         // `copy` stays 0 on paths of older kernels that do not write it back.
         let mut arg = UffdioCopy {
             dst: host_addr,
-            src: data.as_ptr().addr() as u64,
+            src,
             len,
             mode,
             copy: 0,
@@ -364,6 +388,30 @@ impl Uffd {
         match ioctl(&self.fd, UFFDIO_COPY, &mut arg) {
             Ok(()) => Ok(Filled::Bytes(len)),
             Err(error) => Filled::from_failure(error, arg.copy),
+        }
+    }
+
+    /// Maps what the memory's file holds, and wakes whoever waits there. Shared memory, or a
+    /// private mapping of it, registered for this.
+    pub(crate) fn map(
+        &self,
+        host_addr: u64,
+        len_bytes: u64,
+        protect: bool,
+    ) -> Result<Filled, io::Error> {
+        let range = UffdioRange {
+            start: host_addr,
+            len: len_bytes,
+        };
+        let mode = if protect { CONTINUE_MODE_WP } else { 0 };
+        let mut arg = UffdioContinue {
+            range,
+            mode,
+            mapped: 0,
+        };
+        match ioctl(&self.fd, UFFDIO_CONTINUE, &mut arg) {
+            Ok(()) => Ok(Filled::Bytes(len_bytes)),
+            Err(error) => Filled::from_failure(error, arg.mapped),
         }
     }
 
@@ -386,8 +434,9 @@ impl Uffd {
         }
     }
 
-    /// Reads the events that are queued, at most [`EVENTS_PER_READ`]. None when there are none.
-    pub(crate) fn read_events(&self, sink: &mut dyn FnMut(RawEvent)) -> io::Result<usize> {
+    /// Reads the events that are queued, at most [`EVENTS_PER_READ`]. Returns whether there may be
+    /// more: a read that was not filled has found the queues empty.
+    pub(crate) fn read_events(&self, sink: &mut dyn FnMut(RawEvent)) -> io::Result<bool> {
         let mut messages = [UffdMsg::default(); EVENTS_PER_READ];
         let len_bytes = size_of_val(&messages);
         // SAFETY: the buffer is ours, `len_bytes` long, and every bit pattern is a valid UffdMsg.
@@ -396,7 +445,8 @@ impl Uffd {
         let Ok(got_bytes) = usize::try_from(got) else {
             let error = io::Error::last_os_error();
             return match error.raw_os_error() {
-                Some(libc::EAGAIN | libc::EINTR) => Ok(0),
+                Some(libc::EAGAIN) => Ok(false),
+                Some(libc::EINTR) => Ok(true),
                 _ => Err(error),
             };
         };
@@ -408,6 +458,7 @@ impl Uffd {
                     host_addr: second,
                     write: first & PAGEFAULT_FLAG_WRITE != 0,
                     protected: first & PAGEFAULT_FLAG_WP != 0,
+                    unmapped: first & PAGEFAULT_FLAG_MINOR != 0,
                 }),
                 EVENT_REMOVE => sink(RawEvent::Remove {
                     start: first,
@@ -416,7 +467,7 @@ impl Uffd {
                 other => tracing::warn!(event = other, "userfaultfd event that was not asked for"),
             }
         }
-        Ok(count)
+        Ok(count == EVENTS_PER_READ)
     }
 }
 
@@ -433,6 +484,7 @@ pub(crate) enum RawEvent {
         host_addr: u64,
         write: bool,
         protected: bool,
+        unmapped: bool,
     },
     Remove {
         start: u64,
@@ -452,6 +504,9 @@ pub(crate) enum Filled {
     Again,
     /// The process has gone.
     Gone,
+    /// There is nothing to install: a mapped source cannot be read, or the memory's file has no
+    /// such page.
+    Missing,
 }
 
 impl Filled {
@@ -464,6 +519,7 @@ impl Filled {
             }),
             Some(libc::EEXIST) => Ok(Self::Exists),
             Some(libc::ESRCH) => Ok(Self::Gone),
+            Some(libc::EFAULT) => Ok(Self::Missing),
             _ => Err(error),
         }
     }
@@ -536,6 +592,7 @@ mod tests {
             UFFDIO_COPY,
             UFFDIO_ZEROPAGE,
             UFFDIO_WRITEPROTECT,
+            UFFDIO_CONTINUE,
         ];
         let theirs = [
             ioctl::UFFDIO_API,
@@ -544,20 +601,24 @@ mod tests {
             ioctl::UFFDIO_COPY,
             ioctl::UFFDIO_ZEROPAGE,
             ioctl::UFFDIO_WRITEPROTECT,
+            ioctl::UFFDIO_CONTINUE,
         ];
         assert_eq!(ours, theirs.map(libc::c_ulong::from));
         let ours = [
             FEATURE_PAGEFAULT_FLAG_WP,
             FEATURE_EVENT_REMOVE,
             FEATURE_MISSING_SHMEM,
+            FEATURE_MINOR_SHMEM,
             FEATURE_WP_HUGETLBFS_SHMEM,
             FEATURE_WP_UNPOPULATED,
             FEATURE_WP_ASYNC,
             PAGEFAULT_FLAG_WRITE,
             PAGEFAULT_FLAG_WP,
+            PAGEFAULT_FLAG_MINOR,
             COPY_MODE_WP,
             REGISTER_MODE_MISSING,
             REGISTER_MODE_WP,
+            REGISTER_MODE_MINOR,
             u64::from(EVENT_PAGEFAULT),
             u64::from(EVENT_REMOVE),
         ];
@@ -565,14 +626,17 @@ mod tests {
             general::UFFD_FEATURE_PAGEFAULT_FLAG_WP,
             general::UFFD_FEATURE_EVENT_REMOVE,
             general::UFFD_FEATURE_MISSING_SHMEM,
+            general::UFFD_FEATURE_MINOR_SHMEM,
             general::UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
             general::UFFD_FEATURE_WP_UNPOPULATED,
             general::UFFD_FEATURE_WP_ASYNC,
             general::UFFD_PAGEFAULT_FLAG_WRITE,
             general::UFFD_PAGEFAULT_FLAG_WP,
+            general::UFFD_PAGEFAULT_FLAG_MINOR,
             general::UFFDIO_COPY_MODE_WP,
             general::UFFDIO_REGISTER_MODE_MISSING,
             general::UFFDIO_REGISTER_MODE_WP,
+            general::UFFDIO_REGISTER_MODE_MINOR,
             general::UFFD_EVENT_PAGEFAULT,
             general::UFFD_EVENT_REMOVE,
         ];
@@ -582,6 +646,10 @@ mod tests {
         assert_eq!(
             size_of::<UffdioZeropage>(),
             size_of::<general::uffdio_zeropage>()
+        );
+        assert_eq!(
+            size_of::<UffdioContinue>(),
+            size_of::<general::uffdio_continue>()
         );
         assert_eq!(
             size_of::<UffdioWriteprotect>(),

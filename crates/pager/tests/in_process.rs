@@ -16,7 +16,7 @@ use std::time::Duration;
 use support::{Content, DEADLINE, Guest, Memory, TestSource, until};
 use torpor_pager::{PageRun, PageSet, PagerError, PagerFailure, WriteTracking};
 
-const MEMORIES: [Memory; 2] = [Memory::Anonymous, Memory::SharedMemfd];
+const MEMORIES: [Memory; 3] = [Memory::Anonymous, Memory::SharedMemfd, Memory::PrivateMemfd];
 const TRACKINGS: [WriteTracking; 3] = [
     WriteTracking::Async,
     WriteTracking::Sync,
@@ -83,8 +83,9 @@ fn a_source_of_blocks_is_read_once_for_a_block() {
     for page in 0..64 {
         assert_eq!(guest.read(page), Content::Generation(0));
     }
-    assert_eq!(source.reads.load(Ordering::SeqCst), 4);
-    assert!(pager.stats().faults >= 4);
+    let reads = source.reads.load(Ordering::SeqCst);
+    assert!(reads <= 4, "{reads} reads for 4 blocks");
+    assert!(pager.stats().faults >= reads);
 }
 
 #[test]

@@ -170,6 +170,7 @@ fn stress(memory: Memory, tracking: WriteTracking, workers: usize) {
     let mut plan = TestSource::new(PAGES);
     plan.zero_pages = (0..PAGES).filter(|page| page / 40 % 3 == 0).collect();
     plan.delay = Duration::from_micros(50);
+    plan.read_one_of = 3;
     let source = Arc::new(plan);
     let pager = guest.pager(&source, tracking, |config| {
         config.workers = workers;
@@ -208,6 +209,11 @@ fn anonymous_memory_with_synchronous_tracking_holds_what_it_must() {
 #[test]
 fn a_shared_memfd_with_asynchronous_tracking_holds_what_it_must() {
     stress(Memory::SharedMemfd, WriteTracking::Async, 3);
+}
+
+#[test]
+fn a_private_mapping_of_a_memfd_with_asynchronous_tracking_holds_what_it_must() {
+    stress(Memory::PrivateMemfd, WriteTracking::Async, 2);
 }
 
 #[test]

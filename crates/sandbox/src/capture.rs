@@ -16,6 +16,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
+use memmap2::MmapMut;
 use torpor_build::{LayerWriter, PAGE_SIZE, PageContent, PageRun};
 
 /// Readers that copy at once: memory bandwidth is the limit, and two of them reach it.
@@ -155,14 +156,12 @@ impl CapturePlan {
             .ok()
             .and_then(|pages| pages.checked_mul(PAGE_SIZE))
             .ok_or_else(|| std::io::Error::from(std::io::ErrorKind::OutOfMemory))?;
-        // Asked first, because the allocation below ends the process where there is no room.
-        Vec::<u8>::new()
-            .try_reserve_exact(len)
-            .map_err(|_| std::io::ErrorKind::OutOfMemory)?;
         // Zero pages that the kernel hands out at first touch: by both copying threads, instead of
-        // by one that clears them all while the guest stands still.
-        let mut bytes = vec![0; len];
-        copy_in_parallel(memory, &self.runs, &mut bytes)?;
+        // by one that clears them all while the guest stands still. (Not huge ones: on a host whose
+        // memory is in pieces, making them took longer than all the copying.) Where there is no room
+        // this is an error instead of the process's end. A mapping has at least a byte.
+        let mut bytes = MmapMut::map_anon(len.max(1))?;
+        copy_in_parallel(memory, &self.runs, &mut bytes[..len])?;
         Ok(CapturedMemory { plan: self, bytes })
     }
 }
@@ -226,7 +225,7 @@ fn to_len(pages: u64) -> std::io::Result<usize> {
 /// The copy: everything that a build needs of the guest's memory. The guest may go on.
 pub(crate) struct CapturedMemory {
     plan: CapturePlan,
-    bytes: Vec<u8>,
+    bytes: MmapMut,
 }
 
 impl std::fmt::Debug for CapturedMemory {
@@ -243,7 +242,7 @@ impl CapturedMemory {
     /// # Errors
     /// What the writer says, a full disk for instance.
     pub(crate) fn write_to(&self, writer: &mut LayerWriter) -> Result<(), torpor_build::Error> {
-        let mut bytes = self.bytes.as_slice();
+        let mut bytes = &self.bytes[..];
         for (run, verdict) in &self.plan.runs {
             let content = match verdict {
                 Verdict::Parent => PageContent::Parent,

@@ -2,26 +2,29 @@
 //! a sandbox that runs, perhaps in another process.
 //!
 //! A running sandbox is found by its run directory, where its owner has left a [`RunRecord`]. Its
-//! VMM is held still for the look ([`HeldVmm`]), and nothing of it is changed.
+//! VMM is held still for the look ([`HeldVmm`]), for at most [`LOOK_MAX`]: its owner's commands wait
+//! meanwhile, and must not time out. Nothing of it is changed.
 //!
-//! What a lazily resumed guest has not touched is read from its parent build. The look cannot know
-//! which of these pages the guest has given back since (only its pager does), so a page that is in
-//! use, was given back, and was not touched again, counts with its old content: as not zero.
-//! Metadata is never given back, so the classes are exact.
+//! Of what a lazily resumed guest has not touched only the page metadata is read, from its parent
+//! build. Whether other absent pages are zero follows from the parent's index. The look cannot know
+//! which of them the guest has given back since (only its pager does), so a page that is in use, was
+//! given back, and was not touched again, counts as not zero if it was not. Metadata is never given
+//! back, so the classes are exact.
 
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use torpor_anatomy::{
-    AnatomyError, ClassRun, GuestKernel, NoteLocation, PageClass, PfnRun, PhysicalMemory as _,
+    AnatomyError, GuestKernel, NoteLocation, PageClass, PfnRun, PhysicalMemory as _,
 };
 use torpor_build::{Build, BuildId, Name, PAGE_SIZE, PageRun, Storage};
 use torpor_vmm::{HeldVmm, RamSegment};
 
-use crate::physical::{Content, StoppedMemory};
+use crate::physical::{Content, Known, StoppedMemory};
 
 /// Under this name a manifest holds its guest's [`MemoryLayout`].
 pub(crate) const LAYOUT_KEY: &str = "memory_layout";
@@ -31,6 +34,9 @@ pub(crate) const RECORD_FILE: &str = "sandbox.json";
 const RECORD_BYTES_MAX: u64 = 64 << 10;
 /// Pages looked at for zeros at once: 1 MiB.
 const LOOK_PAGES: u64 = 256;
+/// Longest look: well below what the owner's commands to its VMM may take. Memory is read at some
+/// GiB a second.
+const LOOK_MAX: Duration = Duration::from_secs(2);
 
 /// Where a guest sees its memory, and where its kernel describes it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +45,29 @@ pub struct MemoryLayout {
     pub note: Option<NoteLocation>,
     /// RAM by guest-physical address.
     pub ram: Vec<RamSegment>,
+}
+
+impl MemoryLayout {
+    /// Whether it can be the layout of this much memory: it comes from a file.
+    fn fits(&self, memory_bytes: u64) -> bool {
+        let page = PAGE_SIZE as u64;
+        let mut at = 0;
+        self.ram.iter().all(|segment| {
+            let aligned = [
+                segment.guest_addr,
+                segment.len_bytes,
+                segment.guest_offset_bytes,
+            ]
+            .iter()
+            .all(|value| value.is_multiple_of(page));
+            let in_order = segment.guest_addr >= at;
+            let end = segment.guest_addr.checked_add(segment.len_bytes);
+            let end_in_image = segment.guest_offset_bytes.checked_add(segment.len_bytes);
+            at = end.unwrap_or(u64::MAX);
+            let in_image = end_in_image.is_some_and(|end| end <= memory_bytes);
+            aligned && in_order && end.is_some() && in_image
+        })
+    }
 }
 
 /// What others need to look into a running sandbox.
@@ -104,6 +133,18 @@ pub enum InspectError {
     /// The sandbox's kernel has no note.
     #[error("the kernel of sandbox {0} has no crash note (/sys/kernel/vmcoreinfo)")]
     NoNoteRunning(Name),
+    /// The owner has ended it, or is about to.
+    #[error("sandbox {0} has just ended")]
+    Ended(Name),
+    /// What is recorded of the memory's layout cannot be.
+    #[error("the layout of the guest's memory that is recorded for {0} makes no sense")]
+    Layout(String),
+    /// The sandbox was let go before the look was complete.
+    #[error(
+        "looking took longer than {} ms, and the sandbox was let go; try again when the host is less busy",
+        LOOK_MAX.as_millis()
+    )]
+    TooSlow,
     /// The guest's metadata.
     #[error("the guest's memory cannot be read: {0}")]
     Anatomy(#[from] AnatomyError),
@@ -161,13 +202,18 @@ pub struct MemoryLook {
 /// # Errors
 /// [`InspectError`].
 pub fn look_into_build(build: &Build) -> Result<MemoryLook, InspectError> {
-    let recorded = build.manifest().info.extra.get(LAYOUT_KEY).cloned();
-    let layout: MemoryLayout = recorded
-        .and_then(|value| serde_json::from_value(value).ok())
-        .unwrap_or_default();
+    let info = &build.manifest().info;
+    let layout: MemoryLayout = match info.extra.get(LAYOUT_KEY).cloned() {
+        Some(recorded) => serde_json::from_value(recorded)
+            .ok()
+            .filter(|layout: &MemoryLayout| layout.fits(info.memory_bytes))
+            .ok_or_else(|| InspectError::Layout(format!("build {}", build.id())))?,
+        None => MemoryLayout::default(),
+    };
     let note = layout.note.ok_or(InspectError::NoNote(build.id()))?;
     let image = Arc::new(build.memory()?);
-    look(&StoppedMemory::new(layout.ram, Content::Image(image)), note)
+    let memory = StoppedMemory::new(layout.ram, Content::Image(image));
+    look(&memory, note, None)
 }
 
 /// Looks into the memory of a running sandbox, whose vCPUs stand still meanwhile.
@@ -196,9 +242,13 @@ pub fn look_into_sandbox(storage: &Storage, name: &Name) -> Result<MemoryLook, I
     let held = HeldVmm::hold(record.vmm_pid)?;
     // While it is held its number cannot come to mean another process.
     if started_at(record.vmm_pid).ok() != Some(record.vmm_started) {
-        return Err(not_running());
+        return Err(InspectError::Ended(name.clone()));
     }
+    let until = Instant::now() + LOOK_MAX;
     let file = Arc::new(held.memory().try_clone()?);
+    if !record.layout.fits(file.metadata()?.len()) {
+        return Err(InspectError::Layout(format!("sandbox {name}")));
+    }
     let content = match parent {
         None => Content::File(file),
         Some(parent) => Content::Lazy {
@@ -207,7 +257,8 @@ pub fn look_into_sandbox(storage: &Storage, name: &Name) -> Result<MemoryLook, I
             removed: Vec::new(),
         },
     };
-    look(&StoppedMemory::new(record.layout.ram, content), note)
+    let memory = StoppedMemory::new(record.layout.ram, content);
+    look(&memory, note, Some(until))
 }
 
 fn read_record(path: &Path) -> std::io::Result<RunRecord> {
@@ -217,16 +268,30 @@ fn read_record(path: &Path) -> std::io::Result<RunRecord> {
     Ok(serde_json::from_str(&text)?)
 }
 
-fn look(memory: &StoppedMemory, note: NoteLocation) -> Result<MemoryLook, InspectError> {
+/// Looks at all of a memory, until a moment at most.
+fn look(
+    memory: &StoppedMemory,
+    note: NoteLocation,
+    until: Option<Instant>,
+) -> Result<MemoryLook, InspectError> {
     let kernel = GuestKernel::find(memory, note)?;
     let census = kernel.census(memory)?;
     let mut runs = Vec::new();
     let mut buffer = vec![0; usize::try_from(LOOK_PAGES).unwrap_or(1) * PAGE_SIZE];
-    for run in &census.runs {
-        match run.class {
-            // Nobody's content is nobody's business.
-            PageClass::Free | PageClass::Balloon => push(&mut runs, memory, *run, false),
-            _ => split_by_zero(&mut runs, memory, *run, &mut buffer)?,
+    for found in &census.runs {
+        if until.is_some_and(|until| Instant::now() >= until) {
+            return Err(InspectError::TooSlow);
+        }
+        let pfns = PfnRun {
+            first_pfn: found.first_pfn,
+            pages: found.pages,
+        };
+        for run in memory.image_pages(pfns) {
+            match found.class {
+                // Nobody's content is nobody's business.
+                PageClass::Free | PageClass::Balloon => push(&mut runs, run, found.class, false),
+                class => split_by_zero(&mut runs, memory, run, class, &mut buffer)?,
+            }
         }
     }
     let classes = PageClass::ALL.map(|class| {
@@ -251,46 +316,45 @@ fn look(memory: &StoppedMemory, note: NoteLocation) -> Result<MemoryLook, Inspec
 fn split_by_zero(
     runs: &mut Vec<LookRun>,
     memory: &StoppedMemory,
-    run: ClassRun,
+    run: PageRun,
+    class: PageClass,
     buffer: &mut [u8],
 ) -> Result<(), InspectError> {
-    let (mut pfn, end) = (run.first_pfn, run.first_pfn + run.pages);
-    while pfn < end {
-        let pages = (end - pfn).min(LOOK_PAGES);
-        let bytes = &mut buffer[..usize::try_from(pages).unwrap_or(0) * PAGE_SIZE];
-        memory.read(pfn * PAGE_SIZE as u64, bytes)?;
-        for (at, page) in (pfn..).zip(bytes.chunks_exact(PAGE_SIZE)) {
-            let one = ClassRun {
-                first_pfn: at,
-                pages: 1,
-                class: run.class,
-            };
-            let zero = page.iter().all(|byte| *byte == 0);
-            push(runs, memory, one, zero);
+    let (mut page, end) = (run.first_page, run.first_page + run.pages);
+    while page < end {
+        let (pages, known) = memory.content().known(page, (end - page).min(LOOK_PAGES))?;
+        let part = PageRun {
+            first_page: page,
+            pages,
+        };
+        match known {
+            Known::Zero => push(runs, part, class, true),
+            Known::NotZero => push(runs, part, class, false),
+            Known::Present => {
+                let bytes = &mut buffer[..usize::try_from(pages).unwrap_or(0) * PAGE_SIZE];
+                memory.content().read_at(page * PAGE_SIZE as u64, bytes)?;
+                for (first_page, bytes) in (page..).zip(bytes.chunks_exact(PAGE_SIZE)) {
+                    let one = PageRun {
+                        first_page,
+                        pages: 1,
+                    };
+                    push(runs, one, class, bytes.iter().all(|byte| *byte == 0));
+                }
+            }
         }
-        pfn += pages;
+        page += pages;
     }
     Ok(())
 }
 
-fn push(runs: &mut Vec<LookRun>, memory: &StoppedMemory, found: ClassRun, zero: bool) {
-    let pfns = PfnRun {
-        first_pfn: found.first_pfn,
-        pages: found.pages,
-    };
-    for run in memory.image_pages(pfns) {
-        match runs.last_mut() {
-            Some(last)
-                if (last.class, last.zero) == (found.class, zero)
-                    && last.run.first_page + last.run.pages == run.first_page =>
-            {
-                last.run.pages += run.pages;
-            }
-            _ => runs.push(LookRun {
-                run,
-                class: found.class,
-                zero,
-            }),
+fn push(runs: &mut Vec<LookRun>, run: PageRun, class: PageClass, zero: bool) {
+    match runs.last_mut() {
+        Some(last)
+            if (last.class, last.zero) == (class, zero)
+                && last.run.first_page + last.run.pages == run.first_page =>
+        {
+            last.run.pages += run.pages;
         }
+        _ => runs.push(LookRun { run, class, zero }),
     }
 }

@@ -40,6 +40,17 @@ pub(crate) enum Content {
     Image(Arc<ImageReader>),
 }
 
+/// What can be said of pages without bringing anything in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// They hold zeros.
+    Zero,
+    /// They stand in a build, which stores no page of zeros.
+    NotZero,
+    /// They are in the memory file and must be looked at.
+    Present,
+}
+
 /// A guest's memory. Nothing of it changes while this is used: the vCPUs stand still.
 #[derive(Debug)]
 pub(crate) struct StoppedMemory {
@@ -64,6 +75,11 @@ impl StoppedMemory {
         }
     }
 
+    /// Where the bytes are.
+    pub(crate) fn content(&self) -> &Content {
+        &self.content
+    }
+
     /// The same pages, by their place in the memory image. Keeps their order, as segments do.
     pub(crate) fn image_pages(&self, run: PfnRun) -> impl Iterator<Item = PageRun> {
         let (start, end) = (run.first_pfn, run.first_pfn + run.pages);
@@ -76,6 +92,45 @@ impl StoppedMemory {
                 pages: until - from,
             })
         })
+    }
+}
+
+impl Content {
+    /// Fills `buf` with what the guest has at an offset of the memory image.
+    pub(crate) fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        match self {
+            Self::File(file) => file.read_exact_at(buf, offset),
+            Self::Lazy {
+                file,
+                parent,
+                removed,
+            } => read_lazy(file, parent, removed, offset, buf),
+            Self::Image(image) => read_image(image, offset, buf),
+        }
+    }
+
+    /// What is known of the page `first_page` of the memory image, and of how many from there on.
+    pub(crate) fn known(&self, first_page: u64, pages_max: u64) -> io::Result<(u64, Known)> {
+        let of_image = |image: &ImageReader, pages_max: u64| match image.index().run_at(first_page)
+        {
+            Some(run) if run.what.reads_as_zero() => (run.pages.min(pages_max), Known::Zero),
+            Some(run) => (run.pages.min(pages_max), Known::NotZero),
+            None => (pages_max, Known::Zero),
+        };
+        let (file, parent) = match self {
+            Self::Image(image) => return Ok(of_image(image, pages_max)),
+            Self::File(file) => (file, None),
+            Self::Lazy { file, parent, .. } => (file, Some(parent)),
+        };
+        let from = first_page * PAGE;
+        let end = from + pages_max * PAGE;
+        let data = seek(file, from, Whence::SeekData)?.unwrap_or(end).min(end);
+        if data > from {
+            let absent = (data - from) / PAGE;
+            return Ok(parent.map_or((absent, Known::Zero), |parent| of_image(parent, absent)));
+        }
+        let hole = seek(file, from, Whence::SeekHole)?.unwrap_or(end).min(end);
+        Ok(((hole - from) / PAGE, Known::Present))
     }
 }
 
@@ -94,15 +149,7 @@ impl PhysicalMemory for StoppedMemory {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         let offset = segment.guest_offset_bytes + (addr - segment.guest_addr);
-        match &self.content {
-            Content::File(file) => file.read_exact_at(buf, offset),
-            Content::Lazy {
-                file,
-                parent,
-                removed,
-            } => read_lazy(file, parent, removed, offset, buf),
-            Content::Image(image) => read_image(image, offset, buf),
-        }
+        self.content.read_at(offset, buf)
     }
 }
 

@@ -16,6 +16,7 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 use torpor_anatomy::NoteLocation;
 use torpor_build::{
     BaseImage, Build, BuildId, BuildInfo, ImageReader, Name, PAGE_SIZE, PageRun, RunDir, Storage,
@@ -286,7 +287,8 @@ impl Sandbox {
     /// vCPUs must stand still ([`Vmm::stop_vcpus`]).
     ///
     /// # Errors
-    /// The pager does not settle within `settle_max`. A guest that cannot be scanned is no error.
+    /// The pager does not settle within `settle_max`. A guest that cannot be scanned in that time is
+    /// no error.
     pub async fn find_free_pages(
         &self,
         storage: &Storage,
@@ -294,7 +296,7 @@ impl Sandbox {
     ) -> Result<(ScanReport, Vec<PageRun>), StepError> {
         let permission = self.scan_permission(storage).await;
         let changes = self.changes(settle_max).await?;
-        Ok(self.scan(&changes, permission).await)
+        Ok(self.scan(&changes, permission, settle_max).await)
     }
 
     /// Whether the guest may be scanned, as its kernel was built and booted.
@@ -304,15 +306,23 @@ impl Sandbox {
         asked.unwrap_or_else(|error| Err(error.to_string()))
     }
 
-    /// Finds the stopped guest's free pages. Never fails: the report says why there are none.
+    /// Finds the stopped guest's free pages, in at most `max`. Never fails: the report says why
+    /// there are none.
     pub(crate) async fn scan(
         &self,
         changes: &Changes,
         permission: Permission,
+        max: Duration,
     ) -> (ScanReport, Vec<PageRun>) {
         let memory = self.stopped_memory(changes.removed.clone());
-        let scanned = background(move || Ok(scan::scan(&memory, &permission))).await;
-        scanned.unwrap_or_else(|error| (ScanReport::not_scanned(error.to_string()), Vec::new()))
+        // One that takes too long is left behind: it only reads, and nobody looks at what it finds.
+        let scanning = background(move || Ok(scan::scan(&memory, &permission)));
+        let why = match timeout(max, scanning).await {
+            Ok(Ok(scanned)) => return scanned,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("it took longer than {} ms", max.as_millis()),
+        };
+        (ScanReport::not_scanned(why), Vec::new())
     }
 
     /// The stopped guest's memory by physical address.

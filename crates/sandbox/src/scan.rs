@@ -11,9 +11,6 @@ use torpor_build::{PageRun, Storage};
 use crate::physical::StoppedMemory;
 use crate::spec::GuestSpec;
 
-/// Longest kernel configuration that is read: Debian's have 0.3 MiB.
-const KERNEL_CONFIG_BYTES_MAX: u64 = 4 << 20;
-
 /// How a scan ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -68,24 +65,11 @@ pub(crate) fn permission(
     spec: &GuestSpec,
     note: Option<NoteLocation>,
 ) -> Permission {
-    let config = storage
-        .kernel_config_path(&spec.kernel)
-        .and_then(|path| read_config(&path));
+    let config = storage.read_kernel_config(&spec.kernel);
     if let Some(refusal) = refusal(config.as_deref(), &spec.cmdline) {
         return Err(refusal.to_string());
     }
-    note.ok_or_else(|| "the guest's kernel has no crash note (/sys/kernel/vmcoreinfo)".to_owned())
-}
-
-/// `None` for a file that is missing, unreadable or no configuration: then it is unknown.
-fn read_config(path: &std::path::Path) -> Option<String> {
-    use std::io::Read as _;
-    let file = std::fs::File::open(path).ok()?;
-    let mut text = String::new();
-    file.take(KERNEL_CONFIG_BYTES_MAX)
-        .read_to_string(&mut text)
-        .ok()?;
-    Some(text)
+    note.ok_or_else(|| "the guest tells of no crash note (/sys/kernel/vmcoreinfo)".to_owned())
 }
 
 /// Finds the free pages, by their place in the memory image and in page order.

@@ -268,6 +268,15 @@ async fn the_users_processes_stand_still_while_the_guest_reclaims() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_page_removed_while_the_guest_ran_reads_as_zero_after_the_resume() {
+    freed_pages_read_as_zero(false, Entry::Removed).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_that_is_free_by_the_scan_reads_as_zero_after_the_resume() {
+    freed_pages_read_as_zero(true, Entry::Free).await;
+}
+
+async fn freed_pages_read_as_zero(free_page_scan: bool, recorded_as: Entry) {
     let host = host().await;
     let template = template(&host).await;
     let mut cleanup = Cleanup(host.storage(), Vec::new());
@@ -278,7 +287,8 @@ async fn a_page_removed_while_the_guest_ran_reads_as_zero_after_the_resume() {
     let (sandbox, _) = resume_build(&host, &before.build.id()).await;
     sh(&sandbox, "rm /dev/shm/gone").await;
     let flags = PauseFlags {
-        drain_ceiling_ms: 10_000,
+        drain_ceiling_ms: if free_page_scan { 0 } else { 10_000 },
+        free_page_scan,
         ..PauseFlags::default()
     };
     let after = pause_into_new(sandbox, &host, flags).await;
@@ -288,11 +298,20 @@ async fn a_page_removed_while_the_guest_ran_reads_as_zero_after_the_resume() {
         before.build.memory().unwrap(),
         after.build.memory().unwrap(),
     );
-    let removed = removed_since(&old, &new);
-    assert!(removed.len() > 4000, "only {} pages removed", removed.len());
+    let freed = freed_since(&old, &new, recorded_as);
+    let report = (
+        &after.report.memory,
+        &after.report.scan,
+        &after.report.drain,
+    );
+    assert!(
+        freed.len() > 4000,
+        "only {} pages freed: {report:?}",
+        freed.len()
+    );
     let (sandbox, _) = resume_build(&host, &after.build.id()).await;
     let mut zero = 0;
-    for page in &removed {
+    for page in &freed {
         // As the guest's processor would read it: by a fault that the pager answers.
         let bytes = read_as_guest(&sandbox, *page);
         let mut stale = vec![0; PAGE_SIZE];
@@ -302,14 +321,14 @@ async fn a_page_removed_while_the_guest_ran_reads_as_zero_after_the_resume() {
     }
     // A running guest may have begun to use a few of them.
     assert!(
-        zero * 10 >= removed.len() as u64 * 9,
+        zero * 10 >= freed.len() as u64 * 9,
         "{zero} of {}",
-        removed.len()
+        freed.len()
     );
 }
 
-/// Pages with data in `old` that the guest had given back in `new`.
-fn removed_since(old: &ImageReader, new: &ImageReader) -> Vec<u64> {
+/// Pages with data in `old` that `new` has recorded as nobody's.
+fn freed_since(old: &ImageReader, new: &ImageReader, recorded_as: Entry) -> Vec<u64> {
     let has_data = |page| {
         old.index()
             .run_at(page)
@@ -317,7 +336,7 @@ fn removed_since(old: &ImageReader, new: &ImageReader) -> Vec<u64> {
     };
     new.index()
         .runs()
-        .filter(|run| run.what == Entry::Removed)
+        .filter(|run| run.what == recorded_as)
         .flat_map(|run| run.first_page..run.first_page + run.pages)
         .filter(|page| has_data(*page))
         .take(8000)

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use torpor_build::{BuildId, Name};
+use torpor_build::{BuildId, Digest, Name};
 use torpor_pager::WriteTracking;
 
 use crate::signal::PauseSignal;
@@ -81,7 +81,36 @@ pub(crate) enum Command {
         after_help = "Examples:\n  torpor delete-build 7d3f…\n  torpor delete-build 7d3f… --json"
     )]
     DeleteBuild(DeleteBuildArgs),
+
+    /// List the base images and how many builds need each
+    #[command(
+        after_help = "Examples:\n  torpor list-images\n  torpor list-images --json | jq -r '.images[] | select(.builds == []) | .image'"
+    )]
+    ListImages,
+
+    /// Delete a base image that no build needs
+    #[command(
+        after_help = "Examples:\n  torpor delete-image 6d0f…\n  torpor delete-image --unused"
+    )]
+    DeleteImage(DeleteImageArgs),
+
+    /// Serve the page faults of any VMM that speaks Firecracker's handshake
+    #[command(after_help = PAGER_EXAMPLES)]
+    Pager(PagerArgs),
 }
+
+const PAGER_EXAMPLES: &str = "\
+A VMM that connects sends its memory regions as JSON, and its userfaultfd beside them. It is served
+until its process ends. One that cannot be served any more is killed, and so are all of them when
+this command ends: a guest without its pager hangs for ever.
+
+Examples:
+  # memory of a Firecracker snapshot, for one VMM; its API is then told
+  #   \"mem_backend\": {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/pager.sock\"}
+  torpor pager --socket /run/pager.sock --memfile snapshot.mem --connections 1
+
+  # a build's memory, for as many as come
+  torpor pager --socket /run/pager.sock --build python --report faults.json";
 
 const CREATE_EXAMPLES: &str = "\
 Examples:
@@ -286,7 +315,9 @@ pub(crate) struct ResumeBuildArgs {
     #[arg(long)]
     pub(crate) eager: bool,
 
-    /// Pause twice from the same build after --cmd, with and without the drain, and compare
+    /// Pause twice from the same build after --cmd, with and without the drain, and compare. Both
+    /// without the scan and the references, which would leave out what a drain gives back; of use
+    /// for a template whose balloon reports free pages
     #[arg(long, requires = "cmd", conflicts_with = "iterations")]
     pub(crate) fph_bench: bool,
 
@@ -334,6 +365,42 @@ pub(crate) struct DeleteBuildArgs {
     /// An id, or the name of a template (the name goes with its build)
     #[arg(value_name = "ID")]
     pub(crate) build: String,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("which").required(true).args(["image", "unused"]))]
+pub(crate) struct DeleteImageArgs {
+    /// The image's whole digest, as `torpor list-images` shows it
+    #[arg(value_name = "DIGEST")]
+    pub(crate) image: Option<Digest>,
+
+    /// Every image that no build needs
+    #[arg(long)]
+    pub(crate) unused: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("content").required(true).args(["build", "memfile"]))]
+pub(crate) struct PagerArgs {
+    /// The Unix socket to listen on; its directory and permissions say who may connect
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+
+    /// Serve a build's memory: an id or a template's name
+    #[arg(long, value_name = "ID")]
+    pub(crate) build: Option<String>,
+
+    /// Serve a raw memory file, which must not change meanwhile
+    #[arg(long, value_name = "FILE")]
+    pub(crate) memfile: Option<PathBuf>,
+
+    /// End after so many VMMs [default: when interrupted]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) connections: Option<u64>,
+
+    /// Write what was done, as JSON, whenever a VMM has gone
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
 }
 
 /// `512M`, `4G`, `1048576`: bytes, with an optional K, M, G or T (powers of 1024).

@@ -168,7 +168,9 @@ impl CliError {
 
 fn of_build(error: &BuildError) -> u8 {
     match error {
-        BuildError::UnknownBuild { .. } | BuildError::UnknownTemplate { .. } => NOT_FOUND,
+        BuildError::UnknownBuild { .. }
+        | BuildError::UnknownTemplate { .. }
+        | BuildError::UnknownImage { .. } => NOT_FOUND,
         BuildError::Id(_) | BuildError::NameIsAnId { .. } => USAGE,
         BuildError::BuildExists { .. }
         | BuildError::BuildBusy { .. }
@@ -176,7 +178,10 @@ fn of_build(error: &BuildError) -> u8 {
         | BuildError::HasChildren { .. }
         | BuildError::MayHaveChildren { .. }
         | BuildError::NamedByTemplate { .. }
-        | BuildError::ParentGone { .. } => REFUSED,
+        | BuildError::ParentGone { .. }
+        | BuildError::ImageNeeded { .. }
+        | BuildError::ImageMayBeNeeded { .. }
+        | BuildError::ImageInUse { .. } => REFUSED,
         _ => FAILED,
     }
 }

@@ -74,6 +74,8 @@ async fn arm(
     must_succeed(&sandbox, "--cmd", line, Stdout::ToStderr).await?;
     let mut flags = pausing::flags(host, &sandbox, None, &args.run).await;
     flags.drain_ceiling_ms = drain_ceiling_ms;
+    // What the drain gives back they would leave out without it.
+    (flags.free_page_scan, flags.disk_references) = (false, false);
     let build = context.new_build_id();
     let paused = pausing::into_build(context, host, sandbox, build, None, flags).await?;
     let stats = paused.build.stats()?;

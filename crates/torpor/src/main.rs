@@ -18,6 +18,7 @@ mod doctor;
 mod error;
 mod fph_bench;
 mod guest_command;
+mod images;
 mod inspect_build;
 mod inspect_memory;
 mod interrupt;
@@ -25,6 +26,7 @@ mod list_builds;
 mod memory_map;
 mod output;
 mod page_map;
+mod pager;
 mod pausing;
 mod report;
 mod resume_build;
@@ -101,6 +103,9 @@ async fn dispatch(context: &Context, command: Command) -> Result<(), CliError> {
         Command::InspectMemory(args) => inspect_memory::run(context, args).await,
         Command::ListBuilds => list_builds::run(context).await,
         Command::DeleteBuild(args) => delete_build::run(context, args).await,
+        Command::ListImages => images::list(context).await,
+        Command::DeleteImage(args) => images::delete(context, args).await,
+        Command::Pager(args) => pager::run(context, args).await,
     }
 }
 

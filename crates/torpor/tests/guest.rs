@@ -199,6 +199,8 @@ fn a_guest_is_built_resumed_paused_inspected_and_deleted() {
     templates_and_layers(&place);
     commands(&place);
     let paused = pauses(&place);
+    memory(&place);
+    exact_or_not(&place);
     a_shell(&place);
     a_bench(&place);
     what_was_made_is_whole(&place, &paused);
@@ -330,6 +332,125 @@ fn pauses(place: &Place) -> String {
     to.to_owned()
 }
 
+/// What a guest's memory is made of: of a build, and of a sandbox that runs in another process.
+fn memory(place: &Place) {
+    let svg = place.dir.path().join("memory.svg");
+    let svg_arg = svg.to_str().unwrap();
+    let look = place.json(&[
+        "inspect-memory",
+        "--build",
+        "base",
+        "--svg",
+        svg_arg,
+        "--json",
+    ]);
+    let all: u64 = [
+        "free",
+        "page_cache",
+        "anonymous",
+        "slab",
+        "balloon",
+        "kernel",
+    ]
+    .iter()
+    .map(|class| pages(&look, class))
+    .sum();
+    assert_eq!(all * 4096, look["ram_bytes"].as_u64().unwrap());
+    assert!(fs::read_to_string(svg).unwrap().contains("page cache"));
+    let text = place
+        .succeeds(&["inspect-memory", "--build", "base"])
+        .stdout;
+    assert!(
+        text.contains("anonymous") && text.contains("Linux 6."),
+        "{text}"
+    );
+    of_a_running_sandbox(place, pages(&look, "free"));
+}
+
+fn pages(look: &Value, class: &str) -> u64 {
+    let classes = look["classes"].as_array().unwrap();
+    let row = classes.iter().find(|row| row["class"] == class).unwrap();
+    row["pages"].as_u64().unwrap()
+}
+
+fn of_a_running_sandbox(place: &Place, free_in_the_build: u64) {
+    let running = place.start(&[
+        "resume-build",
+        "--from-build",
+        "base",
+        "--signal-pause",
+        "USR1",
+    ]);
+    running.vmm();
+    let mut sandbox = String::new();
+    until("the sandbox has left its record", || {
+        sandbox = place
+            .left_in("run")
+            .into_iter()
+            .find(|dir| dir.join("sandbox.json").exists())
+            .map(|dir| dir.file_name().unwrap().to_str().unwrap().to_owned())
+            .unwrap_or_default();
+        !sandbox.is_empty()
+    });
+    let running_look = place.json(&["inspect-memory", "--sandbox", &sandbox, "--json"]);
+    // The same guest, a moment later: most of its memory is what it was.
+    let (then, now) = (free_in_the_build, pages(&running_look, "free"));
+    assert!(
+        then.abs_diff(now) * 10 < then,
+        "{then} free pages, then {now}"
+    );
+    let strange = place.run(&["inspect-memory", "--sandbox", "no-such-one"]);
+    assert_eq!(strange.code, 3, "{}", strange.stderr);
+    assert!(
+        strange.stderr.contains(&sandbox),
+        "it names those that run: {}",
+        strange.stderr
+    );
+    // It was let go: it still pauses.
+    running.signal(Signal::USR1);
+    let done = running.done();
+    assert_eq!(done.code, 0, "{}", done.stderr);
+    let made = done
+        .stdout
+        .split_whitespace()
+        .skip_while(|word| *word != "into")
+        .nth(2)
+        .unwrap();
+    place.succeeds(&["delete-build", made]);
+    let gone = place.run(&["inspect-memory", "--sandbox", &sandbox]);
+    assert_eq!(gone.code, 3, "{}", gone.stderr);
+}
+
+/// The scan and the references, by switch and by flag file.
+fn exact_or_not(place: &Place) {
+    let flags = place.dir.path().join("exact.json");
+    let flags_arg = flags.to_str().unwrap();
+    let pause = |more: &[&str]| {
+        let mut args = vec!["resume-build", "--from-build", "base", "--pause", "--json"];
+        args.extend(more);
+        let made = place.json(&args);
+        place.succeeds(&["delete-build", &id_of(&made, "to_build")]);
+        made["pause"].clone()
+    };
+    let exact = pause(&[]);
+    assert_eq!(exact["scan"]["outcome"], "scanned", "{exact}");
+    assert!(exact["memory"]["pages"]["free"].as_u64().unwrap() > 10_000);
+    let without = pause(&["--no-scan", "--no-refs"]);
+    assert_eq!(without["scan"], Value::Null);
+    fs::write(
+        &flags,
+        r#"{"templates": {"base": {"free-page-scan": false}}}"#,
+    )
+    .unwrap();
+    assert_eq!(pause(&["--flags", flags_arg])["scan"], Value::Null);
+    let done = place.run(&["resume-build", "--from-build", "base", "--no-scan"]);
+    assert_eq!(
+        done.code, 2,
+        "without a pause it says nothing: {}",
+        done.stderr
+    );
+}
+
 fn a_shell(place: &Place) {
     let mut command = place.command(&["resume-build", "--from-build", "layer", "--shell"]);
     let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
@@ -426,6 +547,19 @@ fn a_killed_torpor(place: &Place) {
 }
 
 fn deletion(place: &Place, paused: &str) {
+    let images = place.json(&["list-images", "--json"]);
+    let image = images["images"][0]["image"].as_str().unwrap().to_owned();
+    let refused = place.run(&["delete-image", &image]);
+    assert_eq!(refused.code, 4, "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains(paused),
+        "it names the builds: {}",
+        refused.stderr
+    );
+    assert_eq!(
+        place.json(&["delete-image", "--unused", "--json"])["deleted"],
+        Value::Array(vec![])
+    );
     for (build, because) in [("base", "layer"), ("layer", paused)] {
         let done = place.run(&["delete-build", build]);
         assert_eq!(done.code, 4, "{}: {}", because, done.stderr);
@@ -436,4 +570,7 @@ fn deletion(place: &Place, paused: &str) {
     assert_eq!(place.builds(), 0);
     let builds: &Path = &place.storage().join("builds");
     assert_eq!(fs::read_dir(builds).unwrap().count(), 0);
+    let deleted = place.json(&["delete-image", "--unused", "--json"]);
+    assert_eq!(deleted["deleted"], Value::Array(vec![image.into()]));
+    assert!(place.left_in("images").is_empty() && place.left_in("block-indexes").is_empty());
 }

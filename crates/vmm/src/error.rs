@@ -15,8 +15,8 @@ pub type Result<T> = std::result::Result<T, VmmError>;
 pub enum VmmError {
     /// A VMM that another process owns could not be stopped for a look.
     #[error(
-        "cannot look into the VMM with process id {pid}: {source}; only root, or its user where \
-         /proc/sys/kernel/yama/ptrace_scope is 0, may"
+        "cannot look into the VMM with process id {pid}: {source}{}",
+        may_not(source)
     )]
     Hold {
         /// The VMM.
@@ -259,4 +259,14 @@ pub struct IdentityMismatch {
     pub recorded: String,
     /// The whole recorded identity.
     pub recorded_by: String,
+}
+
+/// Who may, where that is what is wrong.
+fn may_not(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "; only root may, or its user where /proc/sys/kernel/yama/ptrace_scope is 0"
+        }
+        _ => "",
+    }
 }

@@ -10,7 +10,7 @@
 //!
 //! ptrace ties a tracee to the *thread* that holds it: a [`HeldVmm`] stays on its thread.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::marker::PhantomData;
@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::sys::ptrace;
+use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
@@ -26,6 +27,8 @@ use crate::memory::is_our_memfd;
 
 /// How long all threads may take to stop. Each stops at its next return to user mode.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
+/// How long those are waited for that had not stopped when all are let go.
+const LET_GO_DEADLINE: Duration = Duration::from_secs(1);
 const STOP_LOOK_INTERVAL: Duration = Duration::from_micros(50);
 /// Threads may be born while we stop the others: looked for again this many times at most.
 const ROUNDS_MAX: usize = 16;
@@ -71,7 +74,8 @@ impl HeldVmm {
 /// Threads that are ours until this is dropped.
 #[derive(Debug)]
 struct Held {
-    threads: BTreeSet<i32>,
+    /// Each with the signal that was about to be delivered to it, if that is why it stopped.
+    threads: BTreeMap<i32, Option<Signal>>,
     /// Not to be sent to another thread.
     _bound: PhantomData<*const ()>,
 }
@@ -79,7 +83,7 @@ struct Held {
 impl Held {
     fn nothing() -> Self {
         Self {
-            threads: BTreeSet::new(),
+            threads: BTreeMap::new(),
             _bound: PhantomData,
         }
     }
@@ -90,7 +94,7 @@ impl Held {
         for _ in 0..ROUNDS_MAX {
             let new: Vec<i32> = numbers_in(&format!("/proc/{pid}/task"), THREADS_MAX)?
                 .into_iter()
-                .filter(|thread| !self.threads.contains(thread))
+                .filter(|thread| !self.threads.contains_key(thread))
                 .collect();
             if new.is_empty() {
                 return Ok(());
@@ -102,12 +106,19 @@ impl Held {
                     Err(nix::Error::ESRCH) => continue,
                     Err(error) => return Err(error.into()),
                 }
-                self.threads.insert(*thread);
-                ptrace::interrupt(Pid::from_raw(*thread))?;
+                self.threads.insert(*thread, None);
+                match ptrace::interrupt(Pid::from_raw(*thread)) {
+                    Ok(()) | Err(nix::Error::ESRCH) => {}
+                    Err(error) => return Err(error.into()),
+                }
             }
             for thread in new {
-                if self.threads.contains(&thread) && !stopped(thread, deadline)? {
-                    self.threads.remove(&thread);
+                if !self.threads.contains_key(&thread) {
+                    continue;
+                }
+                match stopped(thread, deadline)? {
+                    Some(signal) => drop(self.threads.insert(thread, signal)),
+                    None => drop(self.threads.remove(&thread)),
                 }
             }
         }
@@ -117,24 +128,35 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        for thread in &self.threads {
-            if let Err(error) = ptrace::detach(Pid::from_raw(*thread), None) {
+        let deadline = Instant::now() + LET_GO_DEADLINE;
+        for (thread, signal) in &self.threads {
+            let pid = Pid::from_raw(*thread);
+            let mut let_go = ptrace::detach(pid, *signal);
+            // One that has not stopped yet cannot be let go before it has.
+            if let_go == Err(nix::Error::ESRCH)
+                && let Ok(Some(signal)) = stopped(*thread, deadline)
+            {
+                let_go = ptrace::detach(pid, signal);
+            }
+            if let Err(error) = let_go {
                 tracing::debug!(thread, %error, "ended while it was held");
             }
         }
     }
 }
 
-/// Waits for a thread's stop; false if it ended instead.
-fn stopped(thread: i32, deadline: Instant) -> io::Result<bool> {
+/// Waits for a thread's stop, and gives the signal that must be delivered when it is let go, if one
+/// stopped it before we did; `None` if the thread ended instead.
+fn stopped(thread: i32, deadline: Instant) -> io::Result<Option<Option<Signal>>> {
     loop {
         match waitid(
             Id::Pid(Pid::from_raw(thread)),
             WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG,
         ) {
             Ok(WaitStatus::StillAlive) | Err(nix::Error::EINTR) => {}
-            Ok(_) => return Ok(true),
-            Err(nix::Error::ECHILD) => return Ok(false),
+            Ok(WaitStatus::Stopped(_, signal)) => return Ok(Some(Some(signal))),
+            Ok(_) => return Ok(Some(None)),
+            Err(nix::Error::ECHILD) => return Ok(None),
             Err(error) => return Err(error.into()),
         }
         if Instant::now() >= deadline {
@@ -181,7 +203,7 @@ mod tests {
     use std::io::Read as _;
     use std::process::{Command, Stdio};
 
-    /// Counts without end, in three threads' worth of processes' work: a shell that prints numbers.
+    /// Counts without end: a shell that prints numbers.
     fn counter() -> std::process::Child {
         Command::new("sh")
             .args(["-c", "n=0; while :; do n=$((n+1)); echo $n; done"])

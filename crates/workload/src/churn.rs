@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use torpor_workload::{CHECK_COMMAND, Churned};
+use torpor_workload::{CHECK_COMMAND, Churned, KEEP_COMMAND};
 
 /// Threads that allocate; sizes from a page to what a huge page holds.
 const MEMORY_THREADS: u64 = 3;
@@ -22,11 +22,19 @@ const MEMORY_THREADS: u64 = 3;
 const PIECES_KEPT: usize = 24;
 /// The largest piece: 2 MiB, which the kernel may serve with one huge page.
 const PIECE_BYTES_MAX: u64 = 2 << 20;
+/// What a command takes and keeps: pieces from the first size to the last, each twice the one before,
+/// so many times over. 32 MiB, in a guest of 256.
+const ON_COMMAND_BYTES_MIN: usize = 64 << 10;
+const ON_COMMAND_BYTES_MAX: usize = 8 << 20;
+const ON_COMMAND_TIMES: u64 = 2;
 /// Files that the file thread keeps in each of its directories.
 const FILES_KEPT: usize = 12;
 const FILE_BYTES_MAX: u64 = 512 << 10;
 /// Between two processes: an emulated guest forks slowly.
 const FORK_EVERY: Duration = Duration::from_millis(20);
+
+/// Data, and the seed that its words follow from.
+type Piece = (Vec<u8>, u64);
 
 /// What all threads share.
 #[derive(Debug, Default)]
@@ -50,17 +58,26 @@ impl Shared {
         }
     }
 
-    fn counted(&self) -> Churned {
+    /// What has been done and found so far; `kept` is verified for it.
+    fn counted(&self, kept: &[Piece]) -> Churned {
+        let mut kept_bytes = 0;
+        for (data, seed) in kept {
+            kept_bytes += data.len() as u64;
+            if !is_intact(data, *seed) {
+                self.damaged.fetch_add(1, Ordering::Relaxed);
+            }
+        }
         Churned {
             pieces: self.pieces.load(Ordering::Relaxed),
             files: self.files.load(Ordering::Relaxed),
             forks: self.forks.load(Ordering::Relaxed),
+            kept_bytes,
             damaged: self.damaged.load(Ordering::Relaxed),
         }
     }
 }
 
-/// Churns; answers each [`CHECK_COMMAND`] with a line; stops, verifies all that is left and says
+/// Churns; answers each [`CHECK_COMMAND`] and [`KEEP_COMMAND`] with a line; stops, verifies all that is left and says
 /// so when its standard input ends.
 pub(crate) fn run(dir: &Path) -> io::Result<()> {
     let shared = Shared::default();
@@ -68,7 +85,7 @@ pub(crate) fn run(dir: &Path) -> io::Result<()> {
     for dir in &dirs {
         std::fs::create_dir_all(dir)?;
     }
-    let done: io::Result<()> = std::thread::scope(|scope| {
+    let done: io::Result<Vec<Piece>> = std::thread::scope(|scope| {
         let memory: Vec<_> = (0..MEMORY_THREADS)
             .map(|number| {
                 scope.spawn({
@@ -93,18 +110,45 @@ pub(crate) fn run(dir: &Path) -> io::Result<()> {
         }
         listened
     });
-    done?;
-    crate::say(&shared.counted())
+    let kept = done?;
+    crate::say(&shared.counted(&kept))
 }
 
-fn listen(shared: &Shared) -> io::Result<()> {
-    crate::say(&shared.counted())?;
+/// Answers commands until there are no more. What is kept by then.
+fn listen(shared: &Shared) -> io::Result<Vec<Piece>> {
+    let mut kept = Vec::new();
+    let mut random = 0x4EE9_u64;
+    crate::say(&shared.counted(&kept))?;
     for line in io::stdin().lock().lines() {
-        if line?.trim() == CHECK_COMMAND {
-            crate::say(&shared.counted())?;
+        match line?.trim() {
+            CHECK_COMMAND => crate::say(&shared.counted(&kept))?,
+            KEEP_COMMAND => {
+                // First the new: the memory of the old, just freed, would be taken again.
+                let new = take(&mut random);
+                shared.counted(&kept);
+                kept = new;
+                crate::say(&shared.counted(&kept))?;
+            }
+            _ => {}
         }
     }
-    Ok(())
+    Ok(kept)
+}
+
+/// The largest first, while large blocks are free; small ones from what is left between.
+fn take(random: &mut u64) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    let mut bytes = ON_COMMAND_BYTES_MAX;
+    while bytes >= ON_COMMAND_BYTES_MIN {
+        for _ in 0..ON_COMMAND_TIMES {
+            let seed = next(random);
+            let mut data = vec![0; bytes];
+            fill(&mut data, seed);
+            pieces.push((data, seed));
+        }
+        bytes /= 2;
+    }
+    pieces
 }
 
 /// xorshift64*: the next of a row of numbers.
@@ -146,7 +190,7 @@ fn size(random: &mut u64, max: u64) -> usize {
 
 fn churn_memory(shared: &Shared, number: u64) {
     let mut random = number.wrapping_mul(0x0123_4567_89AB_CDEF) | 1;
-    let mut kept: Vec<(Vec<u8>, u64)> = Vec::new();
+    let mut kept: Vec<Piece> = Vec::new();
     while shared.goes_on() {
         let seed = next(&mut random);
         let mut piece = vec![0; size(&mut random, PIECE_BYTES_MAX)];

@@ -60,6 +60,10 @@ pub struct Check {
     pub random: String,
 }
 
+/// The command that makes the churn take memory at once and keep it, as a line on standard input; it
+/// answers with [`Churned`]. From then on each [`CHECK_COMMAND`] verifies that memory.
+pub const KEEP_COMMAND: &str = "keep";
+
 /// What churning has done and found so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Churned {
@@ -69,6 +73,8 @@ pub struct Churned {
     pub files: u64,
     /// Processes that ran.
     pub forks: u64,
+    /// Bytes that were taken by [`KEEP_COMMAND`] and verified for this answer.
+    pub kept_bytes: u64,
     /// What was not as it should be.
     pub damaged: u64,
 }

@@ -21,8 +21,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use torpor_pager::{
-    Backing, PAGE_SIZE, PageSource, Pager, PagerConfig, Region, SourceKind, SourceRun, Uffd,
-    WriteTracking,
+    Backing, Content as Bytes, PAGE_SIZE, PageRun, PageSource, Pager, PagerConfig, Region,
+    SourceKind, SourceRun, Uffd, WriteTracking,
 };
 
 /// Generous: only a hang takes that long.
@@ -78,6 +78,8 @@ pub struct TestSource {
     /// Fails that many reads, then works.
     pub fail_reads: AtomicU64,
     pub delay: Duration,
+    /// One page of so many must be read; the others are at hand. 0: all must be read.
+    pub read_one_of: u64,
     gate: Mutex<bool>,
     gate_moved: Condvar,
 }
@@ -92,6 +94,7 @@ impl TestSource {
             failing: AtomicBool::new(false),
             fail_reads: AtomicU64::new(0),
             delay: Duration::ZERO,
+            read_one_of: 0,
             gate: Mutex::new(true),
             gate_moved: Condvar::new(),
         }
@@ -139,6 +142,27 @@ impl PageSource for TestSource {
             return Err(io::Error::other("the disk is on fire"));
         }
         assert!(buf.len().is_multiple_of(PAGE_SIZE) && buf.len() <= 256 * PAGE_SIZE);
+        self.fill(first_page, buf);
+        Ok(())
+    }
+
+    fn at_hand<'a>(&'a self, run: PageRun, buf: &'a mut [u8]) -> Option<Bytes<'a>> {
+        let must_be_read =
+            |page: u64| self.read_one_of == 0 || mix(page).is_multiple_of(self.read_one_of);
+        if (run.first_page..run.end_page()).any(must_be_read) {
+            return None;
+        }
+        self.fill(run.first_page, buf);
+        Some(Bytes::Bytes(buf))
+    }
+
+    fn block_pages(&self) -> u64 {
+        self.block_pages
+    }
+}
+
+impl TestSource {
+    fn fill(&self, first_page: u64, buf: &mut [u8]) {
         for (index, page) in buf.chunks_mut(PAGE_SIZE).enumerate() {
             let number = first_page + index as u64;
             assert_eq!(
@@ -150,11 +174,6 @@ impl PageSource for TestSource {
                 bytes.copy_from_slice(&word.to_le_bytes());
             }
         }
-        Ok(())
-    }
-
-    fn block_pages(&self) -> u64 {
-        self.block_pages
     }
 }
 
@@ -162,6 +181,8 @@ impl PageSource for TestSource {
 pub enum Memory {
     Anonymous,
     SharedMemfd,
+    /// A private mapping of a memfd (QEMU with `share=off`).
+    PrivateMemfd,
 }
 
 /// Guest memory mapped in this process.
@@ -188,19 +209,32 @@ impl Guest {
                 }
             }
             Memory::SharedMemfd => Self::of_memfd(guest_memfd(pages), pages),
+            Memory::PrivateMemfd => {
+                let guest = Self::mapped(&guest_memfd(pages), pages, MapFlags::PRIVATE);
+                guest.memfd_gone()
+            }
         }
     }
 
     pub fn of_memfd(memfd: OwnedFd, pages: u64) -> Self {
+        Self::mapped(&memfd, pages, MapFlags::SHARED)
+    }
+
+    fn memfd_gone(mut self) -> Self {
+        self.memfd = None;
+        self
+    }
+
+    fn mapped(memfd: &OwnedFd, pages: u64, flags: MapFlags) -> Self {
         let len = pages as usize * PAGE_SIZE;
         let rw = ProtFlags::READ | ProtFlags::WRITE;
         let null = std::ptr::null_mut();
         // SAFETY: as in `new`.
-        let pointer = unsafe { rustix::mm::mmap(null, len, rw, MapFlags::SHARED, &memfd, 0) };
+        let pointer = unsafe { rustix::mm::mmap(null, len, rw, flags, memfd, 0) };
         Self {
             addr: pointer.unwrap().expose_provenance() as u64,
             pages,
-            memfd: Some(memfd),
+            memfd: Some(memfd.try_clone().unwrap()),
         }
     }
 
@@ -254,6 +288,12 @@ impl Guest {
             })
             .collect();
         classify(page, &words)
+    }
+
+    /// Faults the page in, whatever it holds.
+    pub fn touch(&self, page: u64) {
+        // SAFETY: as in `read`.
+        unsafe { self.word(page, 0).read_volatile() };
     }
 
     pub fn write(&self, page: u64, generation: u64) {

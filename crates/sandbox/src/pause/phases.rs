@@ -30,6 +30,9 @@ const METRICS_MAX: Duration = Duration::from_millis(500);
 /// Longest wait for the pager to have seen everything of before the stop. It takes a millisecond;
 /// storage that hangs under a fault is what makes it long.
 const SETTLE_MAX: Duration = Duration::from_secs(10);
+/// Longest scan. It takes a few milliseconds while the guest stands still; a parent's storage that
+/// hangs is what makes it long.
+const SCAN_MAX: Duration = Duration::from_millis(500);
 /// What a reclaim may take beyond the sum of its steps' caps: starting its shell, and the kernel
 /// write that is under way when a cap ends.
 const RECLAIM_OVERHEAD: Duration = Duration::from_millis(1500);
@@ -305,7 +308,7 @@ impl Settled {
         let mut free = Vec::new();
         if let Some(permission) = course.scan_permission.take() {
             let (guard, since) = begin_step(&course.request, PauseStep::Scan);
-            let (report, found) = course.sandbox.scan(&changes, permission).await;
+            let (report, found) = course.sandbox.scan(&changes, permission, SCAN_MAX).await;
             drop(guard);
             course.note(PauseStep::Scan, since, report.why_not().map(str::to_owned));
             (course.scan, free) = (Some(report), found);

@@ -1,6 +1,11 @@
 //! What the tests with real guests share: a storage with templates that are booted once.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "helpers of tests"
+)]
 #![allow(dead_code, reason = "every test program uses a part of it")]
 
 use std::path::{Path, PathBuf};
@@ -323,6 +328,37 @@ pub(crate) async fn sh(sandbox: &Sandbox, line: &str) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
+/// What a kernel says when its memory is not what it left there.
+const KERNEL_COMPLAINTS: [&str; 15] = [
+    "BUG",
+    "Oops",
+    "Bad page",
+    "corrupt",
+    "general protection",
+    "WARNING",
+    "poison",
+    "Unable to handle",
+    "double free",
+    "list_add",
+    "list_del",
+    "inconsistency",
+    "EXT4-fs error",
+    "I/O error",
+    "segfault",
+];
+
+/// The guest's kernel has nothing to say of its memory, in all that it has said since it booted.
+pub(crate) async fn kernel_is_content(sandbox: &Sandbox, what: &str) {
+    let said = sh(sandbox, "dmesg").await;
+    assert!(
+        said.contains("Linux version"),
+        "{what}: the beginning of the kernel's log is lost"
+    );
+    let complains = |line: &&str| KERNEL_COMPLAINTS.iter().any(|word| line.contains(word));
+    let complaints: Vec<&str> = said.lines().filter(complains).collect();
+    assert_eq!(complaints, [""; 0], "{what}: the guest's kernel complains");
+}
+
 /// The kernels that the set-up fetched: the default one, and the others that the distribution has.
 pub(crate) fn kernels() -> Vec<String> {
     let dir = torpor_sandbox::assets::default_dir()
@@ -337,7 +373,17 @@ pub(crate) fn kernels() -> Vec<String> {
         .collect();
     kernels.sort();
     assert!(!kernels.is_empty(), "{}: run `make setup`", dir.display());
+    if let [only] = kernels.as_slice() {
+        println!("Linux {only} is the only kernel in {}", dir.display());
+    }
     kernels
+}
+
+/// Pages of a guest's memory that are there: in a lazily resumed guest not all.
+pub(crate) fn present_pages(memory: &std::fs::File) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    // `st_blocks` counts 512 bytes each, whatever the file system's blocks are.
+    memory.metadata().unwrap().blocks() * 512 / torpor_build::PAGE_SIZE as u64
 }
 
 /// The demo's program for guests, which `make build` puts beside the agent.

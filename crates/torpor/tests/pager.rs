@@ -1,0 +1,435 @@
+//! `torpor pager` serving processes that do what Firecracker does when it loads a snapshot: map
+//! anonymous memory, make a userfaultfd that tells of discards, register, connect, and send the
+//! regions and the descriptor in one message.
+//!
+//! Such a process is this test binary again, told by an environment variable to play the VMM: it
+//! obeys commands on its stdin.
+#![allow(
+    missing_docs,
+    clippy::cast_possible_truncation,
+    clippy::multiple_unsafe_ops_per_block,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "tests are documented by their names and fail by panicking, helpers included"
+)]
+
+mod support;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+use torpor_build::{BuildId, BuildInfo, ImageKind, PageContent, Storage};
+use torpor_pager::{Region, Uffd, WriteTracking};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+const PAGE: usize = 4096;
+const PAGES: usize = 2048;
+const ROLE: &str = "TORPOR_TEST_PAGER_SOCKET";
+
+/// Waits until something holds.
+fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(found) = found() {
+            return found;
+        }
+        assert!(started.elapsed() < DEADLINE, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A running `torpor pager`, and where it keeps things.
+struct Served {
+    dir: TempDir,
+    child: Child,
+}
+
+impl Served {
+    fn start_in(dir: TempDir, content: &[&str], more: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_torpor"))
+            .args([
+                "--json",
+                "pager",
+                "--socket",
+                "pager.sock",
+                "--report",
+                "report.json",
+            ])
+            .args(content)
+            .args(more)
+            .current_dir(dir.path())
+            .env("TORPOR_STORAGE", dir.path().join("storage"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = String::new();
+        let mut stderr = BufReader::new(child.stderr.take().unwrap());
+        while !said.contains("listening on") {
+            assert_ne!(stderr.read_line(&mut said).unwrap(), 0, "{said}");
+        }
+        // The rest is to be read, or it would block who says it.
+        std::thread::spawn(move || stderr.lines().for_each(drop));
+        Self { dir, child }
+    }
+
+    /// On a raw memory file: each page holds its number, but pages 100 to 199 are a hole.
+    fn on_memory_file(pages: usize, more: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let file = File::create(dir.path().join("memory")).unwrap();
+        file.set_len((pages * PAGE) as u64).unwrap();
+        for page in (0..pages).filter(|page| !(100..200).contains(page)) {
+            let word = (page as u64).to_le_bytes();
+            file.write_all_at(&word, (page * PAGE) as u64).unwrap();
+        }
+        Self::start_in(dir, &["--memfile", "memory"], more)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("pager.sock")
+    }
+
+    fn report(&self) -> Option<Value> {
+        let text = std::fs::read(self.dir.path().join("report.json")).ok()?;
+        Some(serde_json::from_slice(&text).unwrap())
+    }
+
+    fn vmm(&self) -> Vmm {
+        Vmm::start(&self.socket(), PAGES)
+    }
+
+    /// Its exit code, once it has ended.
+    fn end(&mut self) -> i32 {
+        until("the pager ends", || self.child.try_wait().unwrap())
+            .code()
+            .unwrap()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        if self.child.try_wait().unwrap().is_none() {
+            self.child.kill().unwrap();
+            self.child.wait().unwrap();
+        }
+    }
+}
+
+struct Vmm {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Vmm {
+    fn start(socket: &Path, pages: usize) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "vmm_role", "--nocapture", "--test-threads=1"])
+            .env(ROLE, socket)
+            .env("PAGES", pages.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self {
+            stdin: child.stdin.take().unwrap(),
+            stdout: BufReader::new(child.stdout.take().unwrap()),
+            child,
+        }
+    }
+
+    fn send(&mut self, command: &str) {
+        writeln!(self.stdin, "{command}").unwrap();
+    }
+
+    fn ask(&mut self, command: &str) -> String {
+        self.send(command);
+        loop {
+            let mut line = String::new();
+            let got = self.stdout.read_line(&mut line).unwrap();
+            assert_ne!(got, 0, "the VMM process ended");
+            if let Some((_, answer)) = line.split_once("@ ") {
+                return answer.trim().to_owned();
+            }
+        }
+    }
+
+    fn is_killed(&mut self) -> bool {
+        use std::os::unix::process::ExitStatusExt as _;
+        let status = until("the VMM is killed", || self.child.try_wait().unwrap());
+        status.signal() == Some(9)
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        if self.child.try_wait().unwrap().is_none() {
+            self.child.kill().unwrap();
+            self.child.wait().unwrap();
+        }
+    }
+}
+
+/// What a VMM sends: a message, and descriptors beside it.
+fn send(stream: &UnixStream, message: &str, fds: &[BorrowedFd<'_>]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut beside = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        assert!(beside.push(SendAncillaryMessage::ScmRights(fds)));
+    }
+    let bytes = [IoSlice::new(message.as_bytes())];
+    rustix::net::sendmsg(stream, &bytes, &mut beside, SendFlags::empty()).unwrap();
+}
+
+/// Not a test: the other process.
+#[test]
+fn vmm_role() {
+    let Ok(socket) = std::env::var(ROLE) else {
+        return;
+    };
+    let pages: usize = std::env::var("PAGES").unwrap().parse().unwrap();
+    let (len, rw) = (pages * PAGE, ProtFlags::READ | ProtFlags::WRITE);
+    let null = std::ptr::null_mut();
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing.
+    let memory = unsafe { rustix::mm::mmap_anonymous(null, len, rw, MapFlags::PRIVATE) };
+    let memory: *mut u64 = memory.unwrap().cast();
+    let addr = memory.expose_provenance() as u64;
+    let uffd = Uffd::create().unwrap();
+    uffd.negotiate(WriteTracking::Off).unwrap();
+    // Two regions, as above and below the hole for devices.
+    let half = (pages / 2 * PAGE) as u64;
+    let regions = [0, half].map(|offset| Region {
+        host_addr: addr + offset,
+        len_bytes: half,
+        guest_offset_bytes: offset,
+        page_size: 4096,
+    });
+    for region in &regions {
+        uffd.register(region, WriteTracking::Off).unwrap();
+    }
+    let json = regions.map(|region| {
+        format!(
+            "{{\"base_host_virt_addr\":{},\"size\":{},\"offset\":{},\"page_size\":4096,\"page_size_kib\":4096}}",
+            region.host_addr, region.len_bytes, region.guest_offset_bytes
+        )
+    });
+    let stream = UnixStream::connect(socket).unwrap();
+    send(&stream, &format!("[{}]", json.join(",")), &[uffd.as_fd()]);
+    // Firecracker does not close the connection, and keeps its copy of the descriptor.
+    std::mem::forget(stream);
+    // SAFETY: `page` is checked; volatile, since the pager fills the memory.
+    let at = |page: usize| unsafe {
+        assert!(page < pages);
+        memory.add(page * PAGE / 8)
+    };
+    for line in std::io::stdin().lines() {
+        let line = line.unwrap();
+        let words: Vec<&str> = line.split(' ').collect();
+        let number = |index: usize| words[index].parse::<usize>().unwrap();
+        match words[0] {
+            // SAFETY: as above.
+            "read" => println!("@ {}", unsafe { at(number(1)).read_volatile() }),
+            "sum" => {
+                // SAFETY: as above.
+                let word = |page| unsafe { at(page).read_volatile() };
+                println!("@ {}", (number(1)..number(2)).map(word).sum::<u64>());
+            }
+            "discard" => {
+                let start = at(number(1)).cast();
+                // SAFETY: our own mapping, to which no reference exists.
+                unsafe { rustix::mm::madvise(start, number(2) * PAGE, Advice::LinuxDontNeed) }
+                    .unwrap();
+                println!("@ discarded");
+            }
+            other => panic!("unknown command {other}"),
+        }
+    }
+}
+
+fn sum(pages: std::ops::Range<u64>) -> String {
+    let word = |page: &u64| !(100..200).contains(page);
+    pages.filter(word).sum::<u64>().to_string()
+}
+
+#[test]
+fn several_vmms_at_once_get_their_memory_and_are_reported() {
+    let mut served = Served::on_memory_file(PAGES, &["--connections", "3"]);
+    let mut vmms = [served.vmm(), served.vmm(), served.vmm()];
+    for vmm in &mut vmms {
+        assert_eq!(vmm.ask("read 1500"), "1500");
+        assert_eq!(vmm.ask("read 150"), "0");
+    }
+    for vmm in &mut vmms {
+        assert_eq!(vmm.ask("discard 1490 20"), "discarded");
+        assert_eq!(vmm.ask("read 1500"), "0");
+        assert_eq!(vmm.ask("read 1510"), "1510");
+        assert_eq!(vmm.ask("sum 0 1024"), sum(0..1024));
+    }
+    let pids = vmms.each_ref().map(|vmm| u64::from(vmm.child.id()));
+    drop(vmms);
+    assert_eq!(served.end(), 0);
+    assert!(!served.socket().exists());
+    let report = served.report().unwrap();
+    let wanted = [
+        "faults",
+        "pages_copied",
+        "pages_zeroed",
+        "pages_prefetched",
+        "removes",
+        "pages_removed",
+        "eagain",
+        "p50_us",
+        "p99_us",
+        "max_us",
+        "bytes_per_s",
+    ];
+    for field in wanted {
+        assert!(report[field].is_u64(), "{field}: {report}");
+        for vmm in report["vmms"].as_array().unwrap() {
+            assert!(vmm[field].is_u64(), "{field}: {vmm}");
+        }
+    }
+    assert_eq!(
+        (
+            report["vmms_served"].as_u64(),
+            report["vmms_failed"].as_u64()
+        ),
+        (Some(3), Some(0))
+    );
+    assert_eq!(
+        (report["removes"].as_u64(), report["pages_removed"].as_u64()),
+        (Some(3), Some(60))
+    );
+    assert!(report["pages_copied"].as_u64() >= Some(3 * 900));
+    assert!(report["pages_zeroed"].as_u64() >= Some(3 * 100));
+    assert!(report["bytes_per_s"].as_u64() > Some(0));
+    let told = report["vmms"].as_array().unwrap();
+    assert!(
+        told.iter()
+            .all(|vmm| pids.contains(&vmm["pid"].as_u64().unwrap()))
+    );
+}
+
+#[test]
+fn a_build_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = Storage::open(&dir.path().join("storage")).unwrap();
+    let id = BuildId::random();
+    let staged = storage.begin_build(id).unwrap();
+    for kind in [ImageKind::Memory, ImageKind::Disk] {
+        let mut writer = staged.image_writer(kind, PAGES as u64, None).unwrap();
+        let stored: Vec<u8> = (0..1000_u64)
+            .flat_map(|page| [page.to_le_bytes(); PAGE / 8].concat())
+            .collect();
+        writer.push(0, 1000, PageContent::Data(&stored)).unwrap();
+        let rest = PAGES as u64 - 1000;
+        writer.push(1000, rest, PageContent::Removed).unwrap();
+        writer.finish().unwrap();
+    }
+    staged.write_vmstate(b"device state").unwrap();
+    drop(staged.commit(BuildInfo::default()).unwrap());
+    drop(storage);
+    let mut served = Served::start_in(dir, &["--build", &id.to_string()], &["--connections", "1"]);
+    let mut vmm = served.vmm();
+    assert_eq!(vmm.ask("sum 0 1000"), (0..1000).sum::<u64>().to_string());
+    assert_eq!(vmm.ask("sum 1000 2048"), "0");
+    drop(vmm);
+    assert_eq!(served.end(), 0);
+}
+
+#[test]
+fn a_vmm_whose_memory_cannot_be_read_is_killed_and_the_report_says_why() {
+    let mut served = Served::on_memory_file(PAGES, &["--connections", "1"]);
+    let mut vmm = served.vmm();
+    assert_eq!(vmm.ask("read 3"), "3");
+    let memory = File::options()
+        .write(true)
+        .open(served.dir.path().join("memory"));
+    memory.unwrap().set_len(PAGE as u64).unwrap();
+    vmm.send("read 1200");
+    assert!(vmm.is_killed());
+    assert_eq!(served.end(), 0);
+    let report = served.report().unwrap();
+    assert_eq!(report["vmms_failed"], 1);
+    let error = report["vmms"][0]["error"].as_str().unwrap();
+    assert!(
+        error.contains("guest page 1200 could not be read"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_peer_that_speaks_wrongly_is_refused_and_the_others_are_served() {
+    let served = Served::on_memory_file(PAGES, &["--connections", "6"]);
+    let null = File::open("/dev/null").unwrap();
+    let region = "[{\"base_host_virt_addr\":4096,\"size\":4096,\"offset\":0}]";
+    for (message, fds) in [
+        ("no json at all", vec![]),
+        ("[]", vec![null.as_fd()]),
+        (region, vec![]),
+        (region, vec![null.as_fd()]),
+        (region, vec![null.as_fd(), null.as_fd()]),
+    ] {
+        let stream = UnixStream::connect(served.socket()).unwrap();
+        send(&stream, message, &fds);
+        // Refused is: the connection ends.
+        let got = std::io::Read::read(&mut &stream, &mut [0]).unwrap();
+        assert_eq!(got, 0, "{message}");
+    }
+    let mut vmm = served.vmm();
+    assert_eq!(vmm.ask("read 7"), "7");
+    drop(vmm);
+    let report = until("the report", || served.report());
+    assert_eq!(
+        (&report["refused"], &report["vmms_served"]),
+        (&5.into(), &1.into())
+    );
+}
+
+#[test]
+fn a_guest_larger_than_the_memory_file_is_refused_and_killed() {
+    let served = Served::on_memory_file(PAGES / 2, &[]);
+    let mut vmm = served.vmm();
+    vmm.send("read 2000");
+    assert!(vmm.is_killed(), "it would wait for ever");
+}
+
+#[test]
+fn an_interrupt_kills_the_vmms_and_still_reports_them() {
+    let mut served = Served::on_memory_file(PAGES, &[]);
+    let mut vmm = served.vmm();
+    assert_eq!(vmm.ask("read 9"), "9");
+    assert!(support::signal(served.child.id(), Signal::INT));
+    assert!(vmm.is_killed());
+    assert_eq!(served.end(), 130);
+    let report = served.report().unwrap();
+    assert_eq!(report["vmms_failed"], 1);
+    assert!(!served.socket().exists());
+}
+
+#[test]
+fn a_socket_that_exists_is_not_taken_over() {
+    let served = Served::on_memory_file(PAGES, &[]);
+    let again = Command::new(env!("CARGO_BIN_EXE_torpor"))
+        .args(["pager", "--socket", "pager.sock", "--memfile", "memory"])
+        .current_dir(served.dir.path())
+        .output()
+        .unwrap();
+    assert_eq!(again.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&again.stderr).contains("another pager may be listening"));
+    assert!(served.socket().exists());
+}
