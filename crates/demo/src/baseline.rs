@@ -184,7 +184,7 @@ impl Guest {
             extra_cmdline: String::new(),
         };
         let cmdline = qemu::kernel_command_line(&machine, &boot)?;
-        let program = host.qemu().path.clone();
+        let program = host.vmm().path().to_path_buf();
         Ok(Self {
             program,
             machine,

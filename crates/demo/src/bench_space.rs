@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use rustix::fs::{FlockOperation, flock, statvfs};
 use torpor_sandbox::host::{Host, HostOptions};
+use torpor_sandbox::vmm::{VmmKind, VmmOptions};
 
 use crate::templates::FLAGS;
 
@@ -58,16 +59,22 @@ impl BenchSpace {
         self.dir.join(name)
     }
 
-    /// Opens the host on this storage, with the flags that make the two kinds of template.
+    /// Opens the host on this storage, with the flags that make the two kinds of template. On QEMU
+    /// unless another VMM is asked for: figures are of one VMM on every host, and what they are
+    /// compared with are QEMU's own ways.
     ///
     /// # Errors
     /// What is missing and what to do about it.
-    pub async fn host(&self) -> Result<Host> {
+    pub async fn host(&self, vmm: Option<VmmKind>) -> Result<Host> {
         let flags = self.file("flags.json");
         fs::write(&flags, FLAGS).with_context(|| format!("cannot write {}", flags.display()))?;
         let options = HostOptions {
             storage: self.file("storage"),
             flags: Some(flags),
+            vmm: VmmOptions {
+                kind: Some(vmm.unwrap_or(VmmKind::Qemu)),
+                ..VmmOptions::default()
+            },
             ..HostOptions::default()
         };
         Ok(Host::open(options).await?)

@@ -328,6 +328,7 @@ impl Pager {
         let mut in_doubt = known_written.clone();
         in_doubt.unite(&unmapped);
         let there = self.there_among(&in_doubt)?;
+        self.check_memory_is_there()?;
         let mut unmapped_there = unmapped;
         unmapped_there.intersect(&there);
         scanned.unite(&unmapped_there);
@@ -368,6 +369,21 @@ impl Pager {
         }
         unmapped.subtract(&written);
         Ok((written, unmapped))
+    }
+
+    /// A VMM that has died has no page table, and PAGEMAP_SCAN finds nothing written in it. So what
+    /// was read counts only if the table is still there afterwards.
+    fn check_memory_is_there(&self) -> Result<(), PagerError> {
+        let (Some(pagemap), Some(region)) = (&self.pagemap, self.regions.first()) else {
+            return Ok(());
+        };
+        match pagemap.protected(region.host_addr) {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                Err(PagerError::VmmGone)
+            }
+            Err(error) => Err(host("read the VMM's pagemap")(error)),
+        }
     }
 
     /// Those of some pages that the kernel holds, in memory or swapped out.

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use torpor_build::{BaseImage, Name};
-use torpor_vmm::{Accel, BootSource, Vmm, qemu};
+use torpor_build::{BalloonRecord, BaseImage, Name};
+use torpor_vmm::BootSource;
 
 use crate::assets::Assets;
 use crate::error::StartError;
@@ -13,8 +13,9 @@ use crate::host::Host;
 use crate::initramfs;
 use crate::progress::Progress;
 use crate::rootfs::{self, RootImage};
-use crate::sandbox::{CONSOLE_FILE, DISK_FILE, Memory, Parts, Sandbox, Starting};
+use crate::sandbox::{DISK_FILE, Memory, Parts, Sandbox, Starting};
 use crate::spec::GuestSpec;
+use crate::vmm::VmmKind;
 
 /// A guest to boot.
 #[derive(Debug)]
@@ -58,20 +59,21 @@ pub async fn boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartErr
     let initramfs = write_initramfs(&assets, run_dir.path())?;
 
     let step = request.progress.step("boot the guest");
-    let machine = spec.machine(storage, disk, Accel::of_host())?;
+    let binary = host.vmm();
+    let machine = spec.machine(storage, disk, binary.accel())?;
     let source = BootSource {
         kernel: storage.kernel_path(&spec.kernel)?,
         initramfs: Some(initramfs.clone()),
         extra_cmdline: request.kernel_args.clone(),
     };
-    spec.cmdline = qemu::kernel_command_line(&machine, &source)?;
-    let console = run_dir.path().join(CONSOLE_FILE);
-    let vmm: Arc<dyn Vmm> = Arc::from(qemu::boot(host.qemu(), &machine, &source, &console).await?);
-    let memory_file = std::fs::File::from(vmm.memory()?.into_memfd()?);
+    spec.cmdline = binary.command_line(&machine, &source)?;
+    let vmm;
+    (vmm, spec.balloon) = binary.boot(&machine, &source, run_dir.path()).await?;
+    let reader = vmm.memory()?.reader()?;
     let starting = Starting::new(Parts {
         vmm,
         memory: Memory::Booted,
-        memory_file,
+        reader,
         base_image,
         parent: None,
         spec,
@@ -96,7 +98,8 @@ async fn import(
         sandbox: None,
         template: request.template.as_ref().map(ToString::to_string),
     };
-    let flags = host.flags().for_template(&subject).await;
+    let reporting = host.vmm().kind() == VmmKind::Qemu;
+    let flags = host.flags().for_template(&subject, reporting).await;
     let step = request.progress.step("import kernel and base image");
     let source = request.rootfs.as_deref().unwrap_or(&assets.base_image);
     let image = RootImage::from_source(source, scratch).await?;
@@ -116,7 +119,11 @@ async fn import(
         disk_bytes: request.disk_bytes,
         vcpus: request.vcpus,
         network: request.network,
-        reporting: flags.free_page_reporting,
+        // What is asked for; what is installed is known after the boot.
+        balloon: BalloonRecord {
+            reporting: flags.free_page_reporting,
+            hinting: false,
+        },
         kernel,
         base_image: base_image.digest(),
         cmdline: String::new(),

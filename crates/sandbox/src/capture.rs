@@ -5,19 +5,17 @@
 //! parent's page or data.)
 //!
 //! Invariants:
-//! - Memory is read with `pread` from the memfd, never through a mapping: reading a hole through a
-//!   mapping would fill it.
+//! - Memory is read by a [`GuestReader`], and of memory that is private to its VMM only what is
+//!   present: anything else would bring pages in.
 //! - A plan covers every page exactly once, in page order.
 //! - What a page is follows from the scan and the dirty set alone: *free* beats everything (nobody
 //!   owns the content), *written* beats *removed* (a page that was given back and then used again
-//!   is in use), *removed* beats the parent, everything else is as the parent has it. A hole in a
-//!   lazily resumed memfd means nothing by itself.
-
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
+//!   is in use), *removed* beats the parent, everything else is as the parent has it. That a
+//!   page of a lazily resumed guest is absent means nothing by itself.
 
 use memmap2::MmapMut;
 use torpor_build::{LayerWriter, PAGE_SIZE, PageContent, PageRun};
+use torpor_vmm::GuestReader;
 
 /// Readers that copy at once: memory bandwidth is the limit, and two of them reach it.
 const COPY_THREADS: usize = 2;
@@ -150,8 +148,8 @@ impl CapturePlan {
     /// Copies the planned pages out of `memory`.
     ///
     /// # Errors
-    /// What the system says when the memfd cannot be read, or there is no room for the copy.
-    pub(crate) fn copy_from(self, memory: &File) -> std::io::Result<CapturedMemory> {
+    /// What the system says when the memory cannot be read, or there is no room for the copy.
+    pub(crate) fn copy_from(self, memory: &GuestReader) -> std::io::Result<CapturedMemory> {
         let len = usize::try_from(self.copied_pages)
             .ok()
             .and_then(|pages| pages.checked_mul(PAGE_SIZE))
@@ -173,7 +171,7 @@ struct Piece<'a> {
 }
 
 fn copy_in_parallel(
-    memory: &File,
+    memory: &GuestReader,
     runs: &[(PageRun, Verdict)],
     mut bytes: &mut [u8],
 ) -> std::io::Result<()> {
@@ -263,40 +261,17 @@ impl CapturedMemory {
     }
 }
 
-/// The runs of pages that a file has data for (an allocated block anywhere in a page counts).
+/// The runs of pages that the host holds.
 ///
 /// # Errors
-/// What the system says; a file system without SEEK_DATA answers with the whole file, which is
-/// right, only slower.
-pub(crate) fn present_pages(file: &File, total_pages: u64) -> std::io::Result<Vec<PageRun>> {
-    use nix::unistd::{Whence, lseek64};
+/// What the system says.
+pub(crate) fn present_pages(memory: &GuestReader) -> std::io::Result<Vec<PageRun>> {
     let page = PAGE_SIZE as u64;
-    let mut runs: Vec<PageRun> = Vec::new();
-    let mut at = 0;
-    while at < total_pages * page {
-        let from = i64::try_from(at).map_err(std::io::Error::other)?;
-        let data = match lseek64(file, from, Whence::SeekData) {
-            Ok(data) => data,
-            // Nothing but holes from here on.
-            Err(nix::errno::Errno::ENXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let hole = lseek64(file, data, Whence::SeekHole)?;
-        let first = u64::try_from(data).map_err(std::io::Error::other)? / page;
-        let last = u64::try_from(hole)
-            .map_err(std::io::Error::other)?
-            .div_ceil(page)
-            .min(total_pages);
-        match runs.last_mut() {
-            Some(run) if end(run) >= first => run.pages = last - run.first_page,
-            _ => runs.push(PageRun {
-                first_page: first,
-                pages: last.saturating_sub(first),
-            }),
-        }
-        at = last * page;
-    }
-    Ok(runs)
+    let runs = memory.present()?.into_iter().map(|bytes| PageRun {
+        first_page: bytes.start / page,
+        pages: (bytes.end - bytes.start) / page,
+    });
+    Ok(runs.collect())
 }
 
 #[cfg(test)]
@@ -398,18 +373,20 @@ mod tests {
 
     #[test]
     fn a_sparse_file_shows_its_data_and_reading_it_fills_no_hole() {
+        use std::os::unix::fs::FileExt as _;
         let file = tempfile::tempfile_in("/dev/shm").unwrap();
         file.set_len(100 * PAGE_SIZE as u64).unwrap();
         file.write_all_at(&[7; 2 * PAGE_SIZE], 10 * PAGE_SIZE as u64)
             .unwrap();
         file.write_all_at(&[9; 10], 50 * PAGE_SIZE as u64 + 5)
             .unwrap();
-        let present = present_pages(&file, 100).unwrap();
+        let file = GuestReader::Memfd(file);
+        let present = present_pages(&file).unwrap();
         assert_eq!(present, [pages(10, 2), pages(50, 1)]);
         let plan = Changes::tracked(vec![pages(9, 4)], vec![]).plan(100, &[]);
         let captured = plan.copy_from(&file).unwrap();
         assert_eq!(captured.bytes[..PAGE_SIZE], [0; PAGE_SIZE]);
         assert_eq!(captured.bytes[PAGE_SIZE..3 * PAGE_SIZE], [7; 2 * PAGE_SIZE]);
-        assert_eq!(present_pages(&file, 100).unwrap(), present);
+        assert_eq!(present_pages(&file).unwrap(), present);
     }
 }

@@ -10,9 +10,7 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-use torpor_build::{ImageReader, LayerWriter, PAGE_SIZE, PageContent};
-
-use crate::capture::present_pages;
+use torpor_build::{ImageReader, LayerWriter, PAGE_SIZE, PageContent, PageRun};
 
 /// Read and written in one piece.
 const CHUNK_PAGES: u64 = 256;
@@ -101,7 +99,7 @@ pub fn store(path: &Path, total_pages: u64, writer: &mut LayerWriter) -> Result<
     let file = File::open(path).map_err(failed)?;
     let mut buffer = vec![0; chunk_len(CHUNK_PAGES)];
     let mut next = 0;
-    for extent in present_pages(&file, total_pages).map_err(failed)? {
+    for extent in stored_pages(&file, total_pages).map_err(failed)? {
         if extent.first_page > next {
             writer.push(next, extent.first_page - next, PageContent::Removed)?;
         }
@@ -128,4 +126,40 @@ fn chunk_len(pages: u64) -> usize {
     usize::try_from(pages)
         .unwrap_or(usize::MAX)
         .saturating_mul(PAGE_SIZE)
+}
+
+/// The runs of pages that a file has data for (an allocated block anywhere in a page counts).
+///
+/// # Errors
+/// What the system says; a file system without SEEK_DATA answers with the whole file, which is
+/// right, only slower.
+fn stored_pages(file: &File, total_pages: u64) -> std::io::Result<Vec<PageRun>> {
+    use nix::unistd::{Whence, lseek64};
+    let page = PAGE_SIZE as u64;
+    let mut runs: Vec<PageRun> = Vec::new();
+    let mut at = 0;
+    while at < total_pages * page {
+        let from = i64::try_from(at).map_err(std::io::Error::other)?;
+        let data = match lseek64(file, from, Whence::SeekData) {
+            Ok(data) => data,
+            // Nothing but holes from here on.
+            Err(nix::errno::Errno::ENXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let hole = lseek64(file, data, Whence::SeekHole)?;
+        let first = u64::try_from(data).map_err(std::io::Error::other)? / page;
+        let last = u64::try_from(hole)
+            .map_err(std::io::Error::other)?
+            .div_ceil(page)
+            .min(total_pages);
+        match runs.last_mut() {
+            Some(run) if run.first_page + run.pages >= first => run.pages = last - run.first_page,
+            _ => runs.push(PageRun {
+                first_page: first,
+                pages: last.saturating_sub(first),
+            }),
+        }
+        at = last * page;
+    }
+    Ok(runs)
 }

@@ -60,6 +60,51 @@ pub enum StartError {
         /// What differs, and the next step.
         source: torpor_vmm::IdentityMismatch,
     },
+    /// Another VMM was asked for than the one that made the build.
+    #[error(
+        "build {build} was made by {recorded}, and --vmm {asked} was asked for: leave that out, or say --vmm {kind}"
+    )]
+    OtherVmm {
+        /// The build.
+        build: BuildId,
+        /// Who made it.
+        recorded: String,
+        /// Which VMM that is.
+        kind: crate::vmm::VmmKind,
+        /// Which one was asked for.
+        asked: crate::vmm::VmmKind,
+    },
+    /// The VMM that made the build cannot run here.
+    #[error(
+        "build {build} was made by {recorded}, which is needed to resume it; install it: {source}"
+    )]
+    VmmMissing {
+        /// The build.
+        build: BuildId,
+        /// Who made it.
+        recorded: String,
+        /// Why it cannot be had.
+        source: Box<StartError>,
+    },
+    /// A VMM that torpor does not drive made the build.
+    #[error(
+        "build {build} was made by {recorded}, which this torpor does not drive; use a newer one"
+    )]
+    UnknownVmm {
+        /// The build.
+        build: BuildId,
+        /// Who made it.
+        recorded: String,
+    },
+    /// Firecracker without KVM.
+    #[error("Firecracker needs KVM, and {why_not}; QEMU runs without: --vmm qemu")]
+    NoKvm {
+        /// What is the matter with KVM.
+        why_not: &'static str,
+    },
+    /// Firecracker's memory cannot be filled before it starts.
+    #[error("a guest under Firecracker gets its memory page by page only: leave --eager out")]
+    NotEager,
     /// The pager.
     #[error(transparent)]
     Pager(#[from] torpor_pager::PagerError),

@@ -437,15 +437,15 @@ impl Flags {
         }
     }
 
-    /// What holds for a template that is booted now.
-    pub async fn for_template(&self, subject: &FlagSubject) -> TemplateFlags {
+    /// What holds for a template that is booted now; `reporting` is its VMM's default.
+    pub async fn for_template(&self, subject: &FlagSubject, reporting: bool) -> TemplateFlags {
         let context = subject.context();
-        let reporting = self
+        let asked = self
             .client
             .get_bool_value(REPORTING, Some(&context), None)
             .await;
         TemplateFlags {
-            free_page_reporting: reporting.unwrap_or(true),
+            free_page_reporting: asked.unwrap_or(reporting),
         }
     }
 }
@@ -540,7 +540,7 @@ mod tests {
         assert!(flags.for_pause(&FlagSubject::default()).await.reclaim);
         assert!(
             !flags
-                .for_template(&FlagSubject::default())
+                .for_template(&FlagSubject::default(), true)
                 .await
                 .free_page_reporting
         );

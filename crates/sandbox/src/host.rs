@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use torpor_build::Storage;
+use torpor_build::{BuildId, Storage};
 use torpor_pager::WriteTracking;
-use torpor_vmm::qemu::QemuBinary;
+use torpor_vmm::VmmIdentity;
 
 use crate::error::StartError;
 use crate::flags::Flags;
+use crate::vmm::{VmmBinary, VmmChoice, VmmKind, VmmOptions};
 
 /// Longest wait for a booting guest's agent unless told otherwise: emulated boots take 5 to 10 s on
 /// an idle machine, and machines are not always idle.
@@ -19,8 +20,8 @@ const BOOT_MAX: Duration = Duration::from_secs(120);
 pub struct HostOptions {
     /// The storage's directory.
     pub storage: PathBuf,
-    /// The QEMU to use instead of the one from PATH.
-    pub qemu: Option<PathBuf>,
+    /// Which VMM, and where it is.
+    pub vmm: VmmOptions,
     /// The flag file.
     pub flags: Option<PathBuf>,
     /// How written pages are tracked, instead of the best that the host has.
@@ -31,7 +32,8 @@ pub struct HostOptions {
 #[derive(Debug, Clone)]
 pub struct Host {
     storage: Storage,
-    qemu: QemuBinary,
+    vmm_options: VmmOptions,
+    vmm: VmmChoice,
     flags: Flags,
     tracking: Option<WriteTracking>,
     agent: Option<PathBuf>,
@@ -49,7 +51,8 @@ impl Host {
         storage.sweep()?;
         Ok(Self {
             storage,
-            qemu: QemuBinary::find(options.qemu.as_deref())?,
+            vmm: options.vmm.choose()?,
+            vmm_options: options.vmm,
             flags: Flags::open(options.flags.as_deref()).await?,
             tracking: options.tracking,
             agent: None,
@@ -85,10 +88,43 @@ impl Host {
         &self.storage
     }
 
-    /// The VMM.
+    /// The VMM that boots guests here.
     #[must_use]
-    pub fn qemu(&self) -> &QemuBinary {
-        &self.qemu
+    pub fn vmm(&self) -> &VmmBinary {
+        &self.vmm.binary
+    }
+
+    /// The VMM that made a build. Blocks for some milliseconds where that is not the one that boots
+    /// guests here.
+    ///
+    /// # Errors
+    /// Another one was asked for, or it cannot run here.
+    pub(crate) fn vmm_of(
+        &self,
+        build: &BuildId,
+        recorded: &VmmIdentity,
+    ) -> Result<VmmBinary, StartError> {
+        let kind: VmmKind = (recorded.name.parse()).map_err(|_| StartError::UnknownVmm {
+            build: *build,
+            recorded: recorded.to_string(),
+        })?;
+        if kind == self.vmm.binary.kind() {
+            return Ok(self.vmm.binary.clone());
+        }
+        if let Some(asked) = self.vmm_options.kind {
+            return Err(StartError::OtherVmm {
+                build: *build,
+                recorded: recorded.to_string(),
+                kind,
+                asked,
+            });
+        }
+        let found = self.vmm_options.find(kind);
+        found.map_err(|source| StartError::VmmMissing {
+            build: *build,
+            recorded: recorded.to_string(),
+            source: Box::new(source),
+        })
     }
 
     /// The flags.

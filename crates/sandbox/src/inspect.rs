@@ -22,7 +22,7 @@ use torpor_anatomy::{
     AnatomyError, GuestKernel, NoteLocation, PageClass, PfnRun, PhysicalMemory as _,
 };
 use torpor_build::{Build, BuildId, Name, PAGE_SIZE, PageRun, Storage};
-use torpor_vmm::{HeldVmm, RamSegment};
+use torpor_vmm::{HeldVmm, MemoryMapping, RamSegment};
 
 use crate::physical::{Content, Known, StoppedMemory};
 
@@ -76,6 +76,9 @@ pub(crate) struct RunRecord {
     pub(crate) vmm_pid: u32,
     /// When the VMM started, by the kernel's clock: tells it from a later process of its number.
     pub(crate) vmm_started: u64,
+    /// Where the VMM has its guest's memory, if that is private to it.
+    #[serde(default)]
+    pub(crate) private: Option<Vec<MemoryMapping>>,
     /// The build whose pages the sandbox gets on demand.
     pub(crate) served_from: Option<BuildId>,
     pub(crate) layout: MemoryLayout,
@@ -239,20 +242,20 @@ pub fn look_into_sandbox(storage: &Storage, name: &Name) -> Result<MemoryLook, I
         Some(id) => Some(Arc::new(storage.open_build(&id)?.memory()?)),
         None => None,
     };
-    let held = HeldVmm::hold(record.vmm_pid)?;
+    let held = HeldVmm::hold(record.vmm_pid, record.private)?;
     // While it is held its number cannot come to mean another process.
     if started_at(record.vmm_pid).ok() != Some(record.vmm_started) {
         return Err(InspectError::Ended(name.clone()));
     }
     let until = Instant::now() + LOOK_MAX;
-    let file = Arc::new(held.memory().try_clone()?);
-    if !record.layout.fits(file.metadata()?.len()) {
+    let memory = Arc::clone(held.memory());
+    if !record.layout.fits(memory.len_bytes()?) {
         return Err(InspectError::Layout(format!("sandbox {name}")));
     }
     let content = match parent {
-        None => Content::File(file),
+        None => Content::Held(memory),
         Some(parent) => Content::Lazy {
-            file,
+            held: memory,
             parent,
             removed: Vec::new(),
         },

@@ -16,6 +16,7 @@ pub mod error;
 mod fill;
 pub mod flags;
 pub mod host;
+mod incoming;
 pub mod initramfs;
 pub mod inspect;
 pub mod pause;
@@ -27,6 +28,7 @@ pub mod run_times;
 mod sandbox;
 pub mod scan;
 mod spec;
+pub mod vmm;
 
 pub use sandbox::Sandbox;
 pub use spec::GuestSpec;

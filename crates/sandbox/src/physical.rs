@@ -1,36 +1,33 @@
 //! A stopped guest's memory by guest-physical address: what `torpor_anatomy` reads.
 //!
 //! Three kinds of memory, one way to read them:
-//! - a booted guest's is all in its memfd;
-//! - a lazily resumed guest's is in its memfd as far as it has been touched. What is absent there
-//!   is zero if the guest has given it back, and as its parent build has it otherwise. So nothing
-//!   is faulted in for a look, and the pager learns nothing of it;
+//! - a booted guest's is all held by the host; what is absent is zero;
+//! - a lazily resumed guest's is held as far as it has been touched. What is absent is zero if the
+//!   guest has given it back, and as its parent build has it otherwise. So nothing is faulted in for
+//!   a look, and the pager learns nothing of it;
 //! - a build's is all in its image.
 //!
-//! A memfd is read with `pread`, never through a mapping: reading a hole through one fills it.
+//! What is absent is never read from the host: of a memory that is private to its VMM that would
+//! wait for the pager, or bring a page in.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek64};
 use torpor_anatomy::{PfnRun, PhysicalMemory, RamRange};
 use torpor_build::{ImageReader, PAGE_SIZE, PageRun};
-use torpor_vmm::RamSegment;
+use torpor_vmm::{GuestReader, RamSegment};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
 /// Where a guest's bytes are.
 #[derive(Debug, Clone)]
 pub(crate) enum Content {
-    /// All in the memory file.
-    File(Arc<File>),
-    /// In the memory file as far as they were touched since the resume.
+    /// Held by the host.
+    Held(Arc<GuestReader>),
+    /// Held by the host as far as they were touched since the resume.
     Lazy {
-        /// The memory file.
-        file: Arc<File>,
+        /// What was touched.
+        held: Arc<GuestReader>,
         /// What was not touched.
         parent: Arc<ImageReader>,
         /// What the guest has given back, in page order.
@@ -40,6 +37,16 @@ pub(crate) enum Content {
     Image(Arc<ImageReader>),
 }
 
+/// What stands in for a page that the host does not hold.
+#[derive(Clone, Copy)]
+enum Absent<'a> {
+    Zero,
+    Parent {
+        image: &'a ImageReader,
+        removed: &'a [PageRun],
+    },
+}
+
 /// What can be said of pages without bringing anything in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Known {
@@ -47,7 +54,7 @@ pub(crate) enum Known {
     Zero,
     /// They stand in a build, which stores no page of zeros.
     NotZero,
-    /// They are in the memory file and must be looked at.
+    /// The host holds them, and they must be looked at.
     Present,
 }
 
@@ -99,12 +106,20 @@ impl Content {
     /// Fills `buf` with what the guest has at an offset of the memory image.
     pub(crate) fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         match self {
-            Self::File(file) => file.read_exact_at(buf, offset),
+            // The quick way, for scans of all memory.
+            Self::Held(held) if held.absent_reads_as_zero() => held.read_exact_at(buf, offset),
+            Self::Held(held) => read_held(held, Absent::Zero, offset, buf),
             Self::Lazy {
-                file,
+                held,
                 parent,
                 removed,
-            } => read_lazy(file, parent, removed, offset, buf),
+            } => {
+                let absent = Absent::Parent {
+                    image: parent,
+                    removed,
+                };
+                read_held(held, absent, offset, buf)
+            }
             Self::Image(image) => read_image(image, offset, buf),
         }
     }
@@ -117,20 +132,19 @@ impl Content {
             Some(run) => (run.pages.min(pages_max), Known::NotZero),
             None => (pages_max, Known::Zero),
         };
-        let (file, parent) = match self {
+        let (held, parent) = match self {
             Self::Image(image) => return Ok(of_image(image, pages_max)),
-            Self::File(file) => (file, None),
-            Self::Lazy { file, parent, .. } => (file, Some(parent)),
+            Self::Held(held) => (held, None),
+            Self::Lazy { held, parent, .. } => (held, Some(parent)),
         };
         let from = first_page * PAGE;
-        let end = from + pages_max * PAGE;
-        let data = seek(file, from, Whence::SeekData)?.unwrap_or(end).min(end);
-        if data > from {
-            let absent = (data - from) / PAGE;
-            return Ok(parent.map_or((absent, Known::Zero), |parent| of_image(parent, absent)));
-        }
-        let hole = seek(file, from, Whence::SeekHole)?.unwrap_or(end).min(end);
-        Ok(((hole - from) / PAGE, Known::Present))
+        let (is_held, end) = held.held_from(from, from + pages_max * PAGE)?;
+        let pages = (end - from) / PAGE;
+        Ok(match parent {
+            _ if is_held => (pages, Known::Present),
+            Some(parent) => of_image(parent, pages),
+            None => (pages, Known::Zero),
+        })
     }
 }
 
@@ -153,39 +167,25 @@ impl PhysicalMemory for StoppedMemory {
     }
 }
 
-/// Takes what the memory file has, and what it has not from where it would come.
-fn read_lazy(
-    file: &File,
-    parent: &ImageReader,
-    removed: &[PageRun],
+/// Takes what the host holds, and what it does not hold from where it would come.
+fn read_held(
+    held: &GuestReader,
+    absent: Absent<'_>,
     offset: u64,
     buf: &mut [u8],
 ) -> io::Result<()> {
     let (mut at, mut rest) = (offset, buf);
     while !rest.is_empty() {
-        let end = at + rest.len() as u64;
-        let data = seek(file, at, Whence::SeekData)?.unwrap_or(end).min(end);
-        let (absent, present) = rest.split_at_mut(to_len(data - at)?);
-        read_absent(parent, removed, at, absent)?;
-        if data == end {
-            return Ok(());
+        let (is_held, until) = held.held_from(at, at + rest.len() as u64)?;
+        let (part, after) = rest.split_at_mut(to_len(until - at)?);
+        match absent {
+            _ if is_held => held.read_exact_at(part, at)?,
+            Absent::Zero => part.fill(0),
+            Absent::Parent { image, removed } => read_absent(image, removed, at, part)?,
         }
-        let hole = seek(file, data, Whence::SeekHole)?.unwrap_or(end).min(end);
-        let (present, after) = present.split_at_mut(to_len(hole - data)?);
-        file.read_exact_at(present, data)?;
-        (at, rest) = (hole, after);
+        (at, rest) = (until, after);
     }
     Ok(())
-}
-
-/// The next data or hole; `None` past the last.
-fn seek(file: &File, from: u64, whence: Whence) -> io::Result<Option<u64>> {
-    let from = i64::try_from(from).map_err(io::Error::other)?;
-    match lseek64(file, from, whence) {
-        Ok(found) => u64::try_from(found).map(Some).map_err(io::Error::other),
-        Err(Errno::ENXIO) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
 }
 
 fn read_absent(

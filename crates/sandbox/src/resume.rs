@@ -1,4 +1,5 @@
-//! Resumes a build: a VMM with empty memory, device state loaded, pages served on demand.
+//! Resumes a build: the VMM that made it with empty memory, device state loaded, pages served on
+//! demand.
 //!
 //! ```text
 //! open the build ─▶ VMM waits ─▶ memory ready ─▶ disk ready ─▶ device state, vCPUs ─▶ first answer
@@ -15,32 +16,25 @@
 //! - Any number of sandboxes may be resumed from one build at once: each has a run directory, a
 //!   disk and a memory of its own.
 
-use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use torpor_build::{BaseImage, Build, BuildId, Manifest, Name, PageRun, RunDir};
-use torpor_pager::{Backing, Pager, PagerConfig, Region, Uffd, WriteTracking};
-use torpor_vmm::qemu::{self, IncomingVm};
-use torpor_vmm::{Accel, GuestMemory, InjectError, Vmm, VmmError, host_tsc_khz};
+use torpor_build::{BaseImage, BuildId, Manifest, Name, RunDir};
+use torpor_vmm::{Accel, host_tsc_khz};
 
 use crate::disk;
 use crate::error::StartError;
-use crate::fill::{FillError, ImageSource, fill};
 use crate::host::Host;
+use crate::incoming::{self, Ready};
 use crate::progress::Progress;
-use crate::sandbox::{
-    CONSOLE_FILE, DISK_FILE, Memory, Parent, Parts, Sandbox, Starting, new_name, pager_run,
-};
+use crate::sandbox::{DISK_FILE, Parent, Parts, Sandbox, Starting, new_name};
 use crate::spec::{GuestSpec, identity_of};
+use crate::vmm::VmmBinary;
 
 /// Two measurements of one host's clock rate differ by well under a hundredth.
 const CLOCK_RATE_TOLERANCE_DIVISOR: u64 = 100;
 
-/// Guest memory is registered in base pages on every host that torpor runs on.
-const GUEST_PAGE_BYTES: u32 = 4096;
 /// Longest wait for a resumed guest's agent. It takes a tenth of a second; a busy machine and a
 /// cold disk make it longer.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
@@ -93,11 +87,17 @@ pub async fn resume(
     let started = Instant::now();
     let mut clock = Laps { last: started };
     let _step = options.progress.step("resume");
-    let (parent, base_image, spec) = background({
+    let opened = background({
         let (host, id) = (host.clone(), *id);
         move || open(&host, &id)
-    })
-    .await?;
+    });
+    let Opened {
+        parent,
+        base_image,
+        spec,
+        vmm: (binary, accel),
+        state,
+    } = opened.await?;
     let (name, run_dir) = new_run_dir(host).await?;
     let open_ms = clock.lap();
 
@@ -108,37 +108,31 @@ pub async fn resume(
         let (image, path) = (Arc::clone(&parent.disk), disk_file.clone());
         move || Ok(disk::fill(&image, &path)?)
     }));
-    let machine = spec.machine(host.storage(), disk_file, host_accel(&parent)?)?;
-    let console = run_dir.path().join(CONSOLE_FILE);
-    let prepared = async {
-        let incoming = qemu::prepare_resume(host.qemu(), &machine, &console).await?;
-        let vmm_ms = clock.lap();
-        let guest_memory = incoming.memory()?;
-        let made = make_memory(host, &parent, &incoming, &guest_memory, options).await?;
-        Ok((incoming, guest_memory, made, vmm_ms, clock.lap()))
-    };
-    let prepared: Result<_, StartError> = prepared.await;
+    let machine = spec.machine(host.storage(), disk_file, accel)?;
+    let dir = run_dir.path();
+    let prepared = incoming::prepare(host, &binary, &machine, dir, &parent, &state, options).await;
     // Awaited on every way out: it holds the build, and writes into the run directory.
-    let filled = disk.await;
-    let (incoming, guest_memory, (memory, eager), vmm_ms, memory_ms) = prepared?;
+    let (memory_at, filled) = (Instant::now(), disk.await);
+    let Ready {
+        incoming,
+        memory,
+        eager,
+        vmm_started,
+    } = prepared?;
+    let (vmm_ms, memory_ms) = (clock.lap_at(vmm_started), clock.lap_at(memory_at));
     filled.unwrap_or_else(|error| Err(StartError::Panicked(error.to_string())))?;
     let disk_ms = clock.lap();
 
-    let state = parent.build.read_vmstate()?;
     // Loading touches guest memory: the devices' queues.
-    let start = async {
-        let vmm: Arc<dyn Vmm> = Arc::from(incoming.load(&state).await?);
-        vmm.resume_vcpus().await?;
-        Ok(vmm)
-    };
-    let vmm = memory.while_served(Some(*id), start).await?;
+    let starting = incoming.start(&state);
+    let vmm = memory.while_served(Some(*id), starting).await?;
     let load_ms = clock.lap();
-    let memory_file = File::from(guest_memory.into_memfd()?);
+    let reader = vmm.memory()?.reader()?;
     // From here on the guest needs its pager, and the pager's failure must end the wait.
     let starting = Starting::new(Parts {
         vmm,
         memory,
-        memory_file,
+        reader,
         base_image,
         parent: Some(parent),
         spec,
@@ -163,14 +157,6 @@ pub async fn resume(
         pages_prefetched: stats.pages_prefetched,
     };
     Ok((sandbox, report))
-}
-
-/// What a resume of this build will touch first: what an earlier one did, or, before there was
-/// one, what the resume touched that led to the build (kernel and agent are the same).
-fn working_set_of(build: &Build) -> Vec<PageRun> {
-    build
-        .recorded_working_set()
-        .unwrap_or_else(|| build.manifest().info.working_set.clone())
 }
 
 /// Keeps what this resume touched for the next, if none did yet. It is a hint: not worth failing for.
@@ -204,24 +190,37 @@ struct Laps {
 
 impl Laps {
     fn lap(&mut self) -> f64 {
-        let now = Instant::now();
+        self.lap_at(Instant::now())
+    }
+
+    fn lap_at(&mut self, now: Instant) -> f64 {
         let ms = (now - self.last).as_secs_f64() * 1e3;
         self.last = now;
         ms
     }
 }
 
-fn open(host: &Host, id: &BuildId) -> Result<(Parent, Arc<BaseImage>, GuestSpec), StartError> {
+/// A build that can be resumed here, and by what.
+struct Opened {
+    parent: Parent,
+    base_image: Arc<BaseImage>,
+    spec: GuestSpec,
+    vmm: (VmmBinary, Accel),
+    state: Vec<u8>,
+}
+
+fn open(host: &Host, id: &BuildId) -> Result<Opened, StartError> {
     let build = host.storage().open_build(id)?;
     let spec = GuestSpec::of(build.manifest())?;
     let recorded = identity_of(build.manifest())?;
+    let binary = host.vmm_of(id, &recorded)?;
     // What was made without KVM is resumed without it, on any host.
     let accel = match recorded.accel {
         Accel::Tcg => Accel::Tcg,
-        Accel::Kvm => Accel::of_host(),
+        Accel::Kvm => binary.accel(),
     };
-    host.qemu()
-        .identity(accel)
+    binary
+        .identity_as(accel)
         .can_resume(&recorded)
         .map_err(|source| StartError::Identity { build: *id, source })?;
     if accel == Accel::Tcg {
@@ -231,12 +230,19 @@ fn open(host: &Host, id: &BuildId) -> Result<(Parent, Arc<BaseImage>, GuestSpec)
     }
     let (memory, disk) = (Arc::new(build.memory()?), Arc::new(build.disk()?));
     let base_image = host.storage().base_image(&spec.base_image)?;
+    let state = build.read_vmstate()?;
     let parent = Parent {
         build,
         memory,
         disk,
     };
-    Ok((parent, base_image, spec))
+    Ok(Opened {
+        parent,
+        base_image,
+        spec,
+        vmm: (binary, accel),
+        state,
+    })
 }
 
 /// An emulated guest counts time in ticks of the host that booted it. On a host of another rate its
@@ -258,112 +264,8 @@ fn warn_of_another_clock(manifest: &Manifest) {
     }
 }
 
-fn host_accel(parent: &Parent) -> Result<Accel, StartError> {
-    Ok(identity_of(parent.build.manifest())?.accel)
-}
-
-/// Makes the memory ready: served on demand, or filled where that cannot be had.
-async fn make_memory(
-    host: &Host,
-    parent: &Parent,
-    incoming: &IncomingVm,
-    guest_memory: &GuestMemory,
-    options: &ResumeOptions,
-) -> Result<(Memory, Option<String>), StartError> {
-    let why_eager = match lazy_tracking(host, options) {
-        Err(why) => why,
-        Ok(tracking) => match incoming.userfaultfd().await {
-            Ok(fd) => {
-                let uffd = Uffd::from_fd(fd)?;
-                let pager = start_pager(parent, guest_memory, uffd, tracking, options)?;
-                return Ok((Memory::Lazy(Arc::new(pager)), None));
-            }
-            // The VMM is not to be relied on after these; after a refusal it is as it was.
-            Err(error) if !refused(&error) => return Err(error.into()),
-            Err(error) => error.to_string(),
-        },
-    };
-    tracing::info!(why = %why_eager, "the guest's memory is filled before it starts");
-    let image = Arc::clone(&parent.memory);
-    let memory = memfd_of(guest_memory)?;
-    background(move || Ok(fill(&image, &File::from(memory))?)).await?;
-    Ok((Memory::Eager, Some(why_eager)))
-}
-
-/// Another descriptor of a memory that the VMM shares with us.
-fn memfd_of(guest_memory: &GuestMemory) -> Result<OwnedFd, StartError> {
-    let memfd = guest_memory.memfd.as_ref();
-    let copy = memfd.map_or_else(
-        || Err(std::io::ErrorKind::Unsupported.into()),
-        OwnedFd::try_clone,
-    );
-    Ok(copy.map_err(FillError::Memory)?)
-}
-
-/// How writes will be tracked under lazy memory, or why there is to be none. Decided before the VMM
-/// is touched: once its memory is registered there is no way back to filling it.
-fn lazy_tracking(host: &Host, options: &ResumeOptions) -> Result<WriteTracking, String> {
-    if options.eager {
-        return Err("asked for".to_owned());
-    }
-    match host.tracking() {
-        Ok(WriteTracking::Off) => {
-            Err("this host's userfaultfd cannot write-protect shared memory".to_owned())
-        }
-        Ok(tracking) => Ok(tracking),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
-/// Whether the VMM is as it was, only without a userfaultfd.
-fn refused(error: &VmmError) -> bool {
-    match error {
-        VmmError::Userfaultfd { source, .. } => !matches!(
-            source,
-            InjectError::Deadline { .. } | InjectError::Gone { .. }
-        ),
-        _ => false,
-    }
-}
-
-fn start_pager(
-    parent: &Parent,
-    guest_memory: &GuestMemory,
-    uffd: Uffd,
-    tracking: WriteTracking,
-    options: &ResumeOptions,
-) -> Result<Pager, StartError> {
-    uffd.negotiate(tracking)?;
-    let regions: Vec<Region> = guest_memory
-        .mappings
-        .iter()
-        .map(|mapping| Region {
-            host_addr: mapping.host_addr,
-            len_bytes: mapping.len_bytes,
-            guest_offset_bytes: mapping.guest_offset_bytes,
-            page_size: GUEST_PAGE_BYTES,
-        })
-        .collect();
-    for region in &regions {
-        // No need to write-protect what is absent: whatever the pager installs comes protected.
-        uffd.register(region, tracking)?;
-    }
-    let memfd = memfd_of(guest_memory)?;
-    let source = Arc::new(ImageSource(Arc::clone(&parent.memory)));
-    let mut config = PagerConfig::new(uffd, regions, source, Backing::SharedMemfd(memfd));
-    config.tracking = tracking;
-    config.pagemap_pid = i32::try_from(guest_memory.pid).ok();
-    if !options.no_prefetch {
-        config.prefetch = working_set_of(&parent.build)
-            .iter()
-            .map(pager_run)
-            .collect();
-    }
-    Ok(Pager::start(config)?)
-}
-
 /// Runs work that blocks.
-async fn background<T: Send + 'static>(
+pub(crate) async fn background<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StartError> + Send + 'static,
 ) -> Result<T, StartError> {
     let done = tokio::task::spawn_blocking(work).await;

@@ -7,8 +7,8 @@
 //! - How the memory came to be ([`Memory`]) decides how it is captured; nothing else remembers
 //!   whether a sandbox was booted or resumed.
 
-use std::fs::File;
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +23,7 @@ use torpor_build::{
 };
 use torpor_guest::Envd;
 use torpor_pager::{FailureSignal, PageSet, Pager, PagerFailure, PagerStats};
-use torpor_vmm::{DrainReport, Vmm};
+use torpor_vmm::{DrainReport, GuestReader, Vmm};
 
 use crate::answer::first_answer;
 use crate::capture::{CapturePlan, CapturedMemory, Changes, present_pages};
@@ -38,6 +38,8 @@ use crate::spec::GuestSpec;
 pub(crate) const DISK_FILE: &str = "layer.img";
 /// Name of the console's log in a run directory.
 pub(crate) const CONSOLE_FILE: &str = "console.log";
+/// Name of the directory in a run directory that a Firecracker has for itself.
+const MACHINE_DIR: &str = "machine";
 /// How often a guest whose pause failed is asked to thaw, and the wait in between.
 const THAW_TRIES: u32 = 3;
 const THAW_PAUSE: Duration = Duration::from_millis(200);
@@ -95,7 +97,8 @@ pub(crate) struct Parent {
 pub(crate) struct Parts {
     pub(crate) vmm: Arc<dyn Vmm>,
     pub(crate) memory: Memory,
-    pub(crate) memory_file: File,
+    /// Its guest's memory, to be read.
+    pub(crate) reader: GuestReader,
     /// Held for as long as the sandbox lives, so that nobody deletes it.
     pub(crate) base_image: Arc<BaseImage>,
     pub(crate) parent: Option<Parent>,
@@ -113,7 +116,7 @@ struct Body {
     _guardian: Option<Guardian>,
     vmm: Arc<dyn Vmm>,
     memory: Memory,
-    memory_file: Arc<File>,
+    reader: Arc<GuestReader>,
     base_image: Arc<BaseImage>,
     parent: Option<Parent>,
     spec: GuestSpec,
@@ -151,7 +154,7 @@ impl Starting {
             _guardian: guardian,
             vmm: parts.vmm,
             memory: parts.memory,
-            memory_file: Arc::new(parts.memory_file),
+            reader: Arc::new(parts.reader),
             base_image: parts.base_image,
             parent: parts.parent,
             spec: parts.spec,
@@ -273,11 +276,8 @@ impl Sandbox {
                 .await
             }
             Memory::Booted | Memory::Eager => {
-                let file = Arc::clone(&self.body.memory_file);
-                let total_pages = self.body.spec.memory_pages();
-                let present = background(move || {
-                    present_pages(&file, total_pages).map_err(StepError::Memory)
-                });
+                let reader = Arc::clone(&self.body.reader);
+                let present = background(move || present_pages(&reader).map_err(StepError::Memory));
                 Ok(Changes::present(present.await?))
             }
         }
@@ -327,22 +327,22 @@ impl Sandbox {
 
     /// The stopped guest's memory by physical address.
     fn stopped_memory(&self, removed: Vec<PageRun>) -> StoppedMemory {
-        let file = Arc::clone(&self.body.memory_file);
+        let held = Arc::clone(&self.body.reader);
         let content = match (&self.body.memory, &self.body.parent) {
             (Memory::Lazy(_), Some(parent)) => Content::Lazy {
-                file,
+                held,
                 parent: Arc::clone(&parent.memory),
                 removed,
             },
-            _ => Content::File(file),
+            _ => Content::Held(held),
         };
         StoppedMemory::new(self.body.vmm.ram(), content)
     }
 
     /// Copies what the plan says out of the stopped guest's memory.
     pub(crate) async fn copy_memory(&self, plan: CapturePlan) -> Result<CapturedMemory, StepError> {
-        let file = Arc::clone(&self.body.memory_file);
-        background(move || plan.copy_from(&file).map_err(StepError::Memory)).await
+        let reader = Arc::clone(&self.body.reader);
+        background(move || plan.copy_from(&reader).map_err(StepError::Memory)).await
     }
 
     /// Lets the vCPUs of a sandbox whose pause failed run again.
@@ -394,6 +394,7 @@ impl Sandbox {
         let record = RunRecord {
             vmm_pid: self.body.vmm.pid(),
             vmm_started: started_at(self.body.vmm.pid())?,
+            private: self.body.reader.private().map(<[_]>::to_vec),
             served_from,
             layout: self.memory_layout(),
         };
@@ -484,6 +485,16 @@ pub(crate) fn console_tail(run_dir: &Path) -> String {
         tail = &tail[end..];
     }
     String::from_utf8_lossy(tail).trim().to_owned()
+}
+
+/// Makes the directory in a run directory that a Firecracker has for itself.
+pub(crate) fn machine_dir(run_dir: &Path) -> Result<PathBuf, StartError> {
+    let path = run_dir.join(MACHINE_DIR);
+    let made = std::fs::DirBuilder::new().mode(0o700).create(&path);
+    match made {
+        Ok(()) => Ok(path),
+        Err(source) => Err(StartError::Io { path, source }),
+    }
 }
 
 /// A name for a sandbox that nobody named.

@@ -18,8 +18,8 @@ pub struct GuestSpec {
     pub vcpus: u32,
     /// Whether it has a network card.
     pub network: bool,
-    /// Whether its balloon reports free pages.
-    pub reporting: bool,
+    /// What its balloon does about free pages.
+    pub balloon: BalloonRecord,
     /// The kernel that it runs.
     pub kernel: Digest,
     /// Its base root file system.
@@ -46,7 +46,7 @@ impl GuestSpec {
             disk_bytes: info.disk_bytes,
             vcpus: info.vcpus,
             network: info.network,
-            reporting: info.balloon.reporting,
+            balloon: info.balloon,
             kernel: info.kernel.ok_or_else(|| lacks("kernel"))?,
             base_image: info.base_image.ok_or_else(|| lacks("base image"))?,
             cmdline: info.cmdline.clone(),
@@ -82,7 +82,7 @@ impl GuestSpec {
             base_image: storage.image_path(&self.base_image)?,
             writable_disk,
             network: self.network,
-            free_page_reporting: self.reporting,
+            free_page_reporting: self.balloon.reporting,
             accel,
         })
     }
@@ -96,10 +96,7 @@ impl GuestSpec {
             vcpus: self.vcpus,
             network: self.network,
             vmm: record(vmm),
-            balloon: BalloonRecord {
-                reporting: self.reporting,
-                hinting: false,
-            },
+            balloon: self.balloon,
             kernel: Some(self.kernel),
             base_image: Some(self.base_image),
             cmdline: self.cmdline.clone(),

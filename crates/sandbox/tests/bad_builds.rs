@@ -21,6 +21,7 @@ use torpor_sandbox::error::StartError;
 use torpor_sandbox::flags::PauseFlags;
 use torpor_sandbox::host::{Host, HostOptions};
 use torpor_sandbox::resume::{ResumeOptions, resume};
+use torpor_sandbox::vmm::{VmmKind, VmmOptions};
 
 /// Where a data file's frames begin, at the latest: everything before is its header.
 const FRAMES_FROM: u64 = 4096;
@@ -155,7 +156,7 @@ async fn another_qemus_build_is_refused_with_both_versions_and_the_next_step() {
     let host = host().await;
     let template = template(&host).await;
     let parent = host.storage().open_build(&template).unwrap();
-    let ours = host.qemu().version.clone();
+    let ours = host.vmm().version().to_owned();
     let others: [fn(&mut BuildInfo); 3] = [
         |info| info.vmm.version = "6.0.0".to_owned(),
         |info| info.vmm.accel = "kvm".to_owned(),
@@ -194,13 +195,17 @@ async fn a_host_whose_qemu_has_another_version_resumes_nothing_of_ours() {
     let qemu = dir.path().join("qemu");
     let script = format!(
         "#!/bin/sh\n[ \"$1\" = --version ] && {{ echo 'QEMU emulator version 9.9.9'; exit; }}\nexec {} \"$@\"\n",
-        host.qemu().path.display()
+        host.vmm().path().display()
     );
     std::fs::write(&qemu, script).unwrap();
     std::fs::set_permissions(&qemu, std::fs::Permissions::from_mode(0o755)).unwrap();
     let options = HostOptions {
         storage: storage_dir(),
-        qemu: Some(qemu),
+        vmm: VmmOptions {
+            kind: Some(VmmKind::Qemu),
+            qemu: Some(qemu),
+            firecracker: None,
+        },
         ..HostOptions::default()
     };
     let other = Host::open(options).await.unwrap();
@@ -208,7 +213,7 @@ async fn a_host_whose_qemu_has_another_version_resumes_nothing_of_ours() {
         .await
         .to_string();
     assert!(
-        error.contains("9.9.9") && error.contains(&host.qemu().version),
+        error.contains("9.9.9") && error.contains(host.vmm().version()),
         "{error}"
     );
 }

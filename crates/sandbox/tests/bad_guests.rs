@@ -13,8 +13,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::{
-    Cleanup, assert_gone, boot_request, host, lost, resume_build, sh, storage_dir, template,
-    try_pause,
+    Cleanup, assert_gone, boot_request, host, lost, on_qemu, resume_build, sh, storage_dir,
+    template, try_pause,
 };
 use torpor_guest::{Command, GuestError};
 use torpor_sandbox::boot::{BootRequest, boot};
@@ -26,6 +26,7 @@ use torpor_sandbox::host::{Host, HostOptions};
 async fn own_host(dir: &Path) -> Host {
     let options = HostOptions {
         storage: dir.to_path_buf(),
+        vmm: on_qemu(),
         ..HostOptions::default()
     };
     Host::open(options).await.unwrap()

@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use common::{
-    Cleanup, CopiedStorage, assert_gone, at_step, counts_on, host, lost, pause_into_new,
+    Cleanup, CopiedStorage, assert_gone, at_step, counts_on, host, lost, on_qemu, pause_into_new,
     pause_request, resume_build, sh, signal, staging_of, start_counter, still_running, template,
-    try_pause,
+    try_pause, wait_until,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
@@ -43,8 +43,17 @@ fn every_step() -> PauseFlags {
     }
 }
 
+/// Kills a process and waits until it has nothing left: no memory, no descriptors.
+fn kill_for_good(pid: u32) {
+    signal(pid, Signal::SIGKILL);
+    wait_until("the process is a zombie at most", || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+        stat.map_or(true, |stat| stat.contains(") Z "))
+    });
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_vmm_killed_before_its_state_is_saved_loses_the_sandbox_and_nothing_else() {
+async fn a_vmm_killed_before_its_changes_are_known_loses_the_sandbox_and_nothing_else() {
     let host = host().await;
     let template = template(&host).await;
     for step in [
@@ -52,13 +61,13 @@ async fn a_vmm_killed_before_its_state_is_saved_loses_the_sandbox_and_nothing_el
         PauseStep::Reclaim,
         PauseStep::Drain,
         PauseStep::Stop,
-        PauseStep::Settle,
         PauseStep::SaveState,
+        PauseStep::Settle,
     ] {
         let (sandbox, _) = resume_build(&host, &template).await;
         let pid = sandbox.vmm().pid();
         let run = host.storage().run_path(sandbox.name());
-        let progress = at_step(step, move || signal(pid, Signal::SIGKILL));
+        let progress = at_step(step, move || kill_for_good(pid));
         let request = pause_request(every_step(), progress);
         let id = request.build;
         let told = lost(pause(sandbox, &host, request).await);
@@ -76,11 +85,12 @@ async fn a_vmm_killed_before_its_state_is_saved_loses_the_sandbox_and_nothing_el
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_vmm_killed_after_its_state_was_saved_leaves_a_whole_build() {
+async fn a_vmm_killed_after_its_changes_are_known_leaves_a_whole_build() {
     let host = host().await;
     let template = template(&host).await;
     let mut cleanup = Cleanup(host.storage(), Vec::new());
     for step in [
+        PauseStep::Scan,
         PauseStep::CaptureMemory,
         PauseStep::WriteMemory,
         PauseStep::WriteDisk,
@@ -93,7 +103,7 @@ async fn a_vmm_killed_after_its_state_was_saved_leaves_a_whole_build() {
         )
         .await;
         let pid = sandbox.vmm().pid();
-        let progress = at_step(step, move || signal(pid, Signal::SIGKILL));
+        let progress = at_step(step, move || kill_for_good(pid));
         let paused = pause(
             sandbox,
             &host,
@@ -385,6 +395,7 @@ async fn a_disk_that_fills_up_in_the_middle_of_a_pause_leaves_the_sandbox_as_it_
     let storage = disk.0.join("storage");
     let options = HostOptions {
         storage: storage.clone(),
+        vmm: on_qemu(),
         ..HostOptions::default()
     };
     let host = Host::open(options).await.unwrap();

@@ -12,8 +12,8 @@ mod common;
 use std::time::Duration;
 
 use common::{
-    Cleanup, counts_on, host, host_with, network_template, pause_into_new, resume_build, sh,
-    start_counter, storage_dir, template,
+    Cleanup, counts_on, host, host_with, network_template, on_qemu, pause_into_new, resume_build,
+    sh, start_counter, storage_dir, template,
 };
 use torpor_build::{BuildId, Entry, ImageReader, PAGE_SIZE};
 use torpor_guest::ReclaimCaps;
@@ -110,6 +110,7 @@ async fn host_with_flags(dir: &tempfile::TempDir, flags: &str) -> Host {
     let options = HostOptions {
         storage: storage_dir(),
         flags: Some(file),
+        vmm: on_qemu(),
         ..HostOptions::default()
     };
     Host::open(options).await.unwrap()
@@ -121,7 +122,7 @@ async fn a_guest_that_does_not_report_is_paused_without_a_drain() {
     let host = host_with_flags(&dir, r#"{"flags": {"free-page-reporting": false}}"#).await;
     let template = network_template(&host, "silent-network").await;
     let (sandbox, _) = resume_build(&host, &template).await;
-    assert!(!sandbox.spec().reporting);
+    assert!(!sandbox.spec().balloon.reporting);
     let flags = PauseFlags {
         drain_ceiling_ms: 5000,
         ..PauseFlags::default()

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use torpor_build::{BuildId, Digest, Name};
 use torpor_pager::WriteTracking;
+use torpor_sandbox::vmm::{VmmKind, VmmOptions};
 
 use crate::signal::PauseSignal;
 
@@ -171,9 +172,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE", env = "TORPOR_FLAGS")]
     pub(crate) flags: Option<PathBuf>,
 
-    /// The QEMU to use [default: qemu-system-x86_64 from PATH]
-    #[arg(long, value_name = "PATH", env = "TORPOR_QEMU")]
-    pub(crate) qemu: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) vmm: VmmArgs,
 
     /// How written pages are tracked in a resumed guest
     #[arg(long, value_enum, default_value_t = Tracking::Auto, env = "TORPOR_WRITE_TRACKING")]
@@ -191,6 +191,34 @@ pub(crate) enum Tracking {
     Sync,
 }
 
+/// Which VMM, and where it is.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct VmmArgs {
+    /// The VMM that boots guests: firecracker or qemu. A build is always resumed by the one that made
+    /// it [default: firecracker where KVM is usable and it is there, else qemu]
+    #[arg(long, value_name = "VMM", env = "TORPOR_VMM")]
+    pub(crate) vmm: Option<VmmKind>,
+
+    /// The QEMU to use [default: qemu-system-x86_64 from PATH]
+    #[arg(long, value_name = "PATH", env = "TORPOR_QEMU")]
+    pub(crate) qemu: Option<PathBuf>,
+
+    /// The Firecracker to use, 1.10 or newer [default: firecracker from PATH]
+    #[arg(long, value_name = "PATH", env = "TORPOR_FIRECRACKER")]
+    pub(crate) firecracker: Option<PathBuf>,
+}
+
+impl VmmArgs {
+    /// What they force.
+    pub(crate) fn options(&self) -> VmmOptions {
+        VmmOptions {
+            kind: self.vmm,
+            qemu: self.qemu.clone(),
+            firecracker: self.firecracker.clone(),
+        }
+    }
+}
+
 impl Tracking {
     /// What is forced; `None` leaves the choice to the host.
     pub(crate) fn forced(self) -> Option<WriteTracking> {
@@ -204,9 +232,8 @@ impl Tracking {
 
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
-    /// The QEMU to look at [default: qemu-system-x86_64 from PATH]
-    #[arg(long, value_name = "PATH", env = "TORPOR_QEMU")]
-    pub(crate) qemu: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) vmm: VmmArgs,
 }
 
 #[derive(Debug, Args)]
@@ -317,7 +344,7 @@ pub(crate) struct ResumeBuildArgs {
 
     /// Pause twice from the same build after --cmd, with and without the drain, and compare. Both
     /// without the scan and the references, which would leave out what a drain gives back; of use
-    /// for a template whose balloon reports free pages
+    /// for a template whose balloon hints (Firecracker 1.14 or newer) or reports free pages
     #[arg(long, requires = "cmd", conflicts_with = "iterations")]
     pub(crate) fph_bench: bool,
 

@@ -64,11 +64,12 @@ impl Context {
 
     /// Opens all that running a guest needs.
     pub(crate) async fn open_host(&self, run: &RunArgs) -> Result<Host, CliError> {
-        named_file("QEMU", run.qemu.as_deref())?;
+        named_file("QEMU", run.vmm.qemu.as_deref())?;
+        named_file("Firecracker", run.vmm.firecracker.as_deref())?;
         named_file("flag file", run.flags.as_deref())?;
         let options = HostOptions {
             storage: self.storage.clone(),
-            qemu: run.qemu.clone(),
+            vmm: run.vmm.options(),
             flags: run.flags.clone(),
             tracking: run.write_tracking.forced(),
         };

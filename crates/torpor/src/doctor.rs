@@ -4,13 +4,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use rustix::fs::{Access, access, statvfs};
 use serde::Serialize;
 use torpor_pager::{Uffd, WriteTracking};
 use torpor_sandbox::assets::{self, AssetError, Assets, DEFAULT_KERNEL};
+use torpor_sandbox::vmm::{VmmBinary, VmmChoice, VmmOptions};
 use torpor_vmm::KvmSupport;
+use torpor_vmm::firecracker::FirecrackerBinary;
 use torpor_vmm::qemu::QemuBinary;
 
 use crate::cli::DoctorArgs;
@@ -75,7 +76,7 @@ impl Check {
 
 pub(crate) async fn run(context: &Context, args: DoctorArgs) -> Result<(), CliError> {
     let storage = context.storage_dir().clone();
-    let checks = blocking(move || Ok(checks(&storage, args.qemu.as_deref()))).await?;
+    let checks = blocking(move || Ok(checks(&storage, &args.vmm.options()))).await?;
     let missing: Vec<_> = checks
         .iter()
         .filter(|check| check.required && !check.ok)
@@ -95,14 +96,15 @@ pub(crate) async fn run(context: &Context, args: DoctorArgs) -> Result<(), CliEr
     verdict
 }
 
-fn checks(storage: &Path, qemu: Option<&Path>) -> Vec<Check> {
+fn checks(storage: &Path, options: &VmmOptions) -> Vec<Check> {
     let mut checks = vec![
         host_kernel(),
         kvm(KvmSupport::of_host()),
         userfaultfd(),
         ptrace(),
-        qemu_check(qemu),
-        firecracker(),
+        qemu(options.qemu.as_deref()),
+        firecracker(options.firecracker.as_deref()),
+        vmm(options),
         mke2fs(),
     ];
     checks.extend(assets_checks());
@@ -219,48 +221,56 @@ fn may_ptrace_anything(status: &str) -> bool {
         .is_some_and(|caps| caps >> CAP_SYS_PTRACE_BIT & 1 == 1)
 }
 
-fn qemu_check(explicit: Option<&Path>) -> Check {
+fn qemu(explicit: Option<&Path>) -> Check {
+    let name = "QEMU";
     match QemuBinary::find(explicit) {
-        Ok(qemu) => Check::good(
-            "QEMU",
-            format!("{} at {}", qemu.version, qemu.path.display()),
-        ),
+        Ok(qemu) => Check::good(name, format!("{} at {}", qemu.version, qemu.path.display())),
         Err(error) => Check::bad(
-            "QEMU",
+            name,
             error.to_string(),
             "`apt-get install qemu-system-x86` (`make setup` does it), or give --qemu PATH",
-        ),
+        )
+        .not_required(),
     }
 }
 
-fn firecracker() -> Check {
-    let Some(path) = in_path("firecracker") else {
-        return Check::good("firecracker", "not in PATH (not used yet)");
-    };
-    let said = Command::new(&path)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output();
-    let said = said.map(|said| String::from_utf8_lossy(&said.stdout).into_owned());
-    let version = said.unwrap_or_default();
-    let version = version
-        .lines()
-        .next()
-        .unwrap_or("unknown version")
-        .trim()
-        .to_owned();
-    Check::good(
-        "firecracker",
-        format!("{version} at {} (not used yet)", path.display()),
-    )
+fn firecracker(explicit: Option<&Path>) -> Check {
+    let name = "Firecracker";
+    match FirecrackerBinary::find(explicit) {
+        Ok(binary) => {
+            let (release, path) = (&binary.release, binary.path.display());
+            let features = VmmBinary::Firecracker(binary.clone()).free_pages();
+            let free_pages = match (features.reporting, features.hinting) {
+                (true, true) => "its balloon reports and hints free pages",
+                _ => {
+                    "its balloon knows no free pages, so a drain brings nothing (1.14 or newer do)"
+                }
+            };
+            Check::good(name, format!("{release} at {path}; {free_pages}"))
+        }
+        Err(error) => Check::bad(
+            name,
+            error.to_string(),
+            "needed only with KVM, for speed: put it into PATH, or give --firecracker PATH",
+        )
+        .not_required(),
+    }
 }
 
-fn in_path(program: &str) -> Option<PathBuf> {
-    let dirs = std::env::var_os("PATH")?;
-    std::env::split_paths(&dirs)
-        .map(|dir| dir.join(program))
-        .find(|path| access(path, Access::EXEC_OK).is_ok() && path.is_file())
+/// The one that would boot a guest here.
+fn vmm(options: &VmmOptions) -> Check {
+    let name = "VMM";
+    match options.choose() {
+        Ok(VmmChoice { binary, why }) => {
+            let identity = binary.identity();
+            Check::good(name, format!("{identity} would be taken: {why}"))
+        }
+        Err(error) => Check::bad(
+            name,
+            format!("none would run a guest: {error}"),
+            "`apt-get install qemu-system-x86` (`make setup` does it), or name another by --vmm",
+        ),
+    }
 }
 
 fn mke2fs() -> Check {

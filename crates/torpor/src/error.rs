@@ -197,7 +197,10 @@ fn of_inspection(error: &InspectError) -> u8 {
 fn of_start(error: &StartError) -> u8 {
     match error {
         StartError::Build(error) => of_build(error),
-        StartError::Identity { .. } => REFUSED,
+        StartError::Identity { .. }
+        | StartError::OtherVmm { .. }
+        | StartError::VmmMissing { .. }
+        | StartError::UnknownVmm { .. } => REFUSED,
         _ => FAILED,
     }
 }

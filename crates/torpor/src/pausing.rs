@@ -81,7 +81,7 @@ pub(crate) async fn must_be_free(host: &Host, id: BuildId) -> Result<(), CliErro
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::Tracking;
+    use crate::cli::{Tracking, VmmArgs};
 
     #[test]
     fn switches_override_flags_and_their_absence_does_not() {
@@ -91,7 +91,7 @@ mod tests {
             no_scan: false,
             no_refs: false,
             flags: None,
-            qemu: None,
+            vmm: VmmArgs::default(),
             write_tracking: Tracking::Auto,
         };
         let by_flags = PauseFlags {

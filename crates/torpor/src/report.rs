@@ -10,7 +10,26 @@ pub(crate) fn pause_text(report: &PauseReport) -> String {
     let steps = table(&["pause", "time", ""], &step_rows(report));
     let sizes = table(&["stored", "as is", "compressed"], &size_rows(report));
     let pages = table(&["memory", "pages", ""], &page_rows(report));
-    format!("{steps}\n\n{pages}\n\n{sizes}\n\n{}", guest_line(report))
+    let drain = drain_line(report).map_or_else(String::new, |line| line + "\n");
+    format!(
+        "{steps}\n\n{pages}\n\n{sizes}\n\n{drain}{}",
+        guest_line(report)
+    )
+}
+
+/// How the drain ended and what it brought.
+fn drain_line(report: &PauseReport) -> Option<String> {
+    let drain = report.drain.as_ref()?;
+    let mut line = format!(
+        "the drain: {} after {} ms, {} given back",
+        drain.outcome,
+        drain.ms,
+        mib(drain.released_bytes)
+    );
+    if let (Some(removes), Some(bytes)) = (report.drain_removes, drain.discarded_bytes) {
+        line += &format!(" ({removes} REMOVE events, {} of pages)", mib(bytes));
+    }
+    Some(line)
 }
 
 fn guest_line(report: &PauseReport) -> String {
@@ -145,6 +164,7 @@ pub(crate) mod tests {
             }],
             reclaim: None,
             drain: None,
+            drain_removes: None,
             scan: None,
             user_frozen_ms: 1.0,
             freeze_ms: 2.0,

@@ -55,6 +55,8 @@ impl Place {
             .args(args)
             .env("TORPOR_STORAGE", self.storage_dir())
             .env_remove("TORPOR_QEMU")
+            .env_remove("TORPOR_FIRECRACKER")
+            .env_remove("TORPOR_VMM")
             .env_remove("TORPOR_FLAGS")
             .stdin(Stdio::null());
         command
@@ -283,6 +285,7 @@ fn files_that_are_named_and_missing_are_said_so() {
     let place = Place::new();
     for (option, role) in [
         ("--qemu", "QEMU"),
+        ("--firecracker", "Firecracker"),
         ("--flags", "flag file"),
         ("--rootfs", "root file"),
     ] {
@@ -330,7 +333,9 @@ fn doctor_says_as_json_what_is_missing_and_what_to_do() {
             .contains("make setup")
     );
     assert_eq!(check("guest kernel")["next_step"], "`make setup`");
-    assert_eq!(check("firecracker")["ok"], true, "it is not needed");
+    assert_eq!(check("Firecracker")["required"], false);
+    assert_eq!(check("VMM")["required"], true, "one of the two is needed");
+    assert_eq!(check("VMM")["ok"], false);
     assert!(!place.storage_dir().exists(), "doctor changes nothing");
 }
 

@@ -15,6 +15,7 @@ use std::fs::{self, File};
 use std::io;
 use std::marker::PhantomData;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::ptrace;
@@ -23,7 +24,8 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
 use crate::error::{Result, VmmError};
-use crate::memory::is_our_memfd;
+use crate::memory::{MemoryMapping, is_our_memfd};
+use crate::reader::GuestReader;
 
 /// How long all threads may take to stop. Each stops at its next return to user mode.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
@@ -40,27 +42,34 @@ const DESCRIPTORS_MAX: usize = 4096;
 /// A VMM whose threads stand still until this is dropped.
 #[derive(Debug)]
 pub struct HeldVmm {
-    memory: File,
+    memory: Arc<GuestReader>,
     held: Held,
 }
 
 impl HeldVmm {
-    /// Stops every thread of the VMM with this process id and opens its guest's memory.
+    /// Stops every thread of the VMM with this process id and opens its guest's memory: at these
+    /// places where it is private to the VMM, else the memfd that it has.
     ///
     /// # Errors
     /// It is gone, is no VMM of ours, may not be traced, or does not stop in time; it then runs as
     /// before.
-    pub fn hold(pid: u32) -> Result<Self> {
+    pub fn hold(pid: u32, private: Option<Vec<MemoryMapping>>) -> Result<Self> {
         let failed = |source| VmmError::Hold { pid, source };
-        let memory = open_memory(pid).map_err(failed)?;
+        let memory = match private {
+            Some(mappings) => GuestReader::of_process(pid, mappings).map_err(failed)?,
+            None => GuestReader::Memfd(open_memory(pid).map_err(failed)?),
+        };
         let mut held = Held::nothing();
         held.all_threads(pid).map_err(failed)?;
-        Ok(Self { memory, held })
+        Ok(Self {
+            memory: Arc::new(memory),
+            held,
+        })
     }
 
-    /// The guest's memory: offset in the file = guest offset. Opened to be read.
+    /// The guest's memory.
     #[must_use]
-    pub fn memory(&self) -> &File {
+    pub fn memory(&self) -> &Arc<GuestReader> {
         &self.memory
     }
 
@@ -264,7 +273,7 @@ mod tests {
     #[test]
     fn a_process_that_is_no_vmm_of_ours_is_left_alone() {
         let mut child = counter();
-        let error = HeldVmm::hold(child.id()).unwrap_err().to_string();
+        let error = HeldVmm::hold(child.id(), None).unwrap_err().to_string();
         assert!(error.contains("no guest memory of torpor's"), "{error}");
         child.kill().unwrap();
         child.wait().unwrap();

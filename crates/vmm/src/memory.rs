@@ -34,7 +34,7 @@ pub struct GuestMemory {
 }
 
 /// A stretch of guest memory in the VMM's address space.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryMapping {
     /// Its first address in the VMM.
     pub host_addr: u64,

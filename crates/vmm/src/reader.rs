@@ -24,6 +24,8 @@ const ENTRY_THERE: u64 = 3 << 62;
 const ENTRY_BYTES: u64 = 8;
 /// Entries that are read at once: 64 KiB of them speak of 32 MiB of memory.
 const ENTRIES_PER_READ: u64 = 8192;
+/// Entries that are read for one look at a place: those of a MiB, which is what is read at once.
+const HELD_ENTRIES_PER_LOOK: usize = 256;
 
 /// A guest's memory, open for reading by guest offset.
 #[derive(Debug)]
@@ -56,12 +58,7 @@ impl GuestMemory {
                 memfd.try_clone().map_err(failed)?.into(),
             ));
         }
-        let open = |name: &str| File::open(format!("/proc/{}/{name}", self.pid)).map_err(failed);
-        Ok(GuestReader::Process {
-            mem: open("mem")?,
-            pagemap: open("pagemap")?,
-            mappings: self.mappings.clone(),
-        })
+        GuestReader::of_process(self.pid, self.mappings.clone()).map_err(failed)
     }
 
     /// Host memory that the guest holds now, in bytes.
@@ -82,6 +79,62 @@ impl GuestMemory {
 }
 
 impl GuestReader {
+    /// Opens memory that is private to a process, at these places.
+    ///
+    /// # Errors
+    /// The process is gone, or may not be looked into.
+    pub(crate) fn of_process(pid: u32, mappings: Vec<MemoryMapping>) -> io::Result<Self> {
+        let open = |name: &str| File::open(format!("/proc/{pid}/{name}"));
+        Ok(Self::Process {
+            mem: open("mem")?,
+            pagemap: open("pagemap")?,
+            mappings,
+        })
+    }
+
+    /// The length of the memory in bytes.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn len_bytes(&self) -> io::Result<u64> {
+        match self {
+            Self::Memfd(file) => Ok(file.metadata()?.len()),
+            Self::Process { mappings, .. } => {
+                Ok(mappings.iter().map(|mapping| mapping.len_bytes).sum())
+            }
+        }
+    }
+
+    /// Where the memory lies in its process, if it is private to one.
+    #[must_use]
+    pub fn private(&self) -> Option<&[MemoryMapping]> {
+        match self {
+            Self::Memfd(_) => None,
+            Self::Process { mappings, .. } => Some(mappings),
+        }
+    }
+
+    /// Whether what is absent may be read, and reads as zero (of a memfd), rather than waiting for
+    /// whoever serves it.
+    #[must_use]
+    pub fn absent_reads_as_zero(&self) -> bool {
+        matches!(self, Self::Memfd(_))
+    }
+
+    /// Whether the page at a guest offset is held, and the end (a page's, at most `end`) of those
+    /// from there on of which the same is known.
+    ///
+    /// # Errors
+    /// The place lies outside the guest's memory, or what the system says.
+    pub fn held_from(&self, guest_offset: u64, end: u64) -> io::Result<(bool, u64)> {
+        match self {
+            Self::Memfd(file) => held_in_file(file, guest_offset, end),
+            Self::Process {
+                pagemap, mappings, ..
+            } => held_in_process(pagemap, mappings, guest_offset, end),
+        }
+    }
+
     /// The stretches of guest memory (bytes, whole pages, in order) that the host holds.
     ///
     /// # Errors
@@ -167,6 +220,43 @@ fn present_in_file(file: &File, runs: &mut Runs) -> io::Result<()> {
     }
 }
 
+fn held_in_file(file: &File, at: u64, end: u64) -> io::Result<(bool, u64)> {
+    let data = match seek(file, SeekFrom::Data(at)) {
+        // A file system may know blocks that are smaller than a page.
+        Ok(data) => data / PAGE_BYTES * PAGE_BYTES,
+        // Nothing but holes from here on.
+        Err(rustix::io::Errno::NXIO) => return Ok((false, end)),
+        Err(error) => return Err(error.into()),
+    };
+    if data > at {
+        return Ok((false, data.min(end)));
+    }
+    let hole = seek(file, SeekFrom::Hole(at))?;
+    Ok((true, hole.next_multiple_of(PAGE_BYTES).min(end)))
+}
+
+fn held_in_process(
+    pagemap: &File,
+    mappings: &[MemoryMapping],
+    at: u64,
+    end: u64,
+) -> io::Result<(bool, u64)> {
+    let first = at / PAGE_BYTES * PAGE_BYTES;
+    let (addr, left) = host_addr(mappings, first)?;
+    let pages = (end.min(first + left) - first).div_ceil(PAGE_BYTES);
+    let mut buf = [[0; 8]; HELD_ENTRIES_PER_LOOK];
+    let entries = usize::try_from(pages).map_or(buf.len(), |pages| pages.min(buf.len()));
+    let words = &mut buf[..entries];
+    pagemap.read_exact_at(words.as_flattened_mut(), addr / PAGE_BYTES * ENTRY_BYTES)?;
+    let is_held = |word: &[u8; 8]| u64::from_le_bytes(*word) & ENTRY_THERE != 0;
+    let held = words.first().is_some_and(is_held);
+    let same = words
+        .iter()
+        .take_while(|word| is_held(word) == held)
+        .count();
+    Ok((held, (first + same as u64 * PAGE_BYTES).min(end)))
+}
+
 fn present_in_mapping(pagemap: &File, mapping: &MemoryMapping, runs: &mut Runs) -> io::Result<()> {
     let pages = mapping.len_bytes / PAGE_BYTES;
     let first_entry = mapping.host_addr / PAGE_BYTES * ENTRY_BYTES;
@@ -229,6 +319,19 @@ mod tests {
         let page = |from: u64, to: u64| from * PAGE_BYTES..to * PAGE_BYTES;
         for reader in [&of_file, &of_process] {
             assert_eq!(reader.present().unwrap(), [page(10, 12), page(50, 51)]);
+            assert_eq!(reader.len_bytes().unwrap(), 64 * PAGE_BYTES);
+            let held = |from: u64, to: u64| {
+                let (held, end) = reader.held_from(from, to).unwrap();
+                (held, end.div_ceil(PAGE_BYTES))
+            };
+            assert_eq!(held(0, 64 * PAGE_BYTES), (false, 10));
+            assert_eq!(held(0, 5 * PAGE_BYTES), (false, 5));
+            assert_eq!(held(10 * PAGE_BYTES + 7, 64 * PAGE_BYTES), (true, 12));
+            assert_eq!(held(11 * PAGE_BYTES, 11 * PAGE_BYTES + 9), (true, 12));
+            // A mapping's end is the end of one look.
+            assert!(!held(12 * PAGE_BYTES, 64 * PAGE_BYTES).0);
+            assert_eq!(held(50 * PAGE_BYTES, 64 * PAGE_BYTES), (true, 51));
+            assert_eq!(held(51 * PAGE_BYTES, 64 * PAGE_BYTES), (false, 64));
             let mut bytes = [0; 20];
             reader.read_exact_at(&mut bytes, 50 * PAGE_BYTES).unwrap();
             assert_eq!(bytes[..5], [0; 5]);

@@ -142,6 +142,30 @@ pub enum DrainOutcome {
     Failed(String),
 }
 
+impl fmt::Display for DrainOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Settled => "settled",
+            Self::Done => "done",
+            Self::CeilingReached => "it was not done when its time was up",
+            Self::Skipped => "its ceiling is zero",
+            Self::Unsupported => "this VMM, or this machine's balloon, cannot give free pages back",
+            Self::NoBalloon => "the machine has no balloon",
+            Self::NotArmed => "the balloon was installed without hinting",
+            Self::GuestSilent => "the guest has no driver for the balloon (yet)",
+            Self::Failed(why) => return write!(f, "it failed: {why}"),
+        })
+    }
+}
+
+impl DrainOutcome {
+    /// Whether every free page was given back that can be.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        matches!(self, Self::Settled | Self::Done)
+    }
+}
+
 /// What a drain did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DrainReport {

@@ -105,7 +105,7 @@ async fn main() -> ExitCode {
 
 async fn run(args: &Args) -> Result<bool> {
     let space = BenchSpace::open(&args.out)?;
-    let host = space.host().await?;
+    let host = space.host(None).await?;
     let report = Box::pin(measure(&host, &space.file(""), args.iterations)).await?;
     let json = args
         .json
@@ -149,10 +149,7 @@ async fn measure(host: &Host, dir: &Path, iterations: u32) -> Result<CaptureRepo
     let verified = arms.iter().all(|arm| arm.verified);
     let mut report = CaptureReport {
         version: REPORT_VERSION,
-        vmm: host
-            .qemu()
-            .identity(torpor_vmm::Accel::of_host())
-            .to_string(),
+        vmm: host.vmm().identity().to_string(),
         iterations,
         summary: Vec::new(),
         scan,

@@ -93,7 +93,7 @@ async fn main() -> ExitCode {
 
 async fn run(args: &Args) -> Result<bool> {
     let space = BenchSpace::open(&args.out)?;
-    let host = space.host().await?;
+    let host = space.host(None).await?;
     let watch = Watch::new(STAGES);
     let arms = run_arms(&host, &watch).await?;
     let [plain, lean] = &arms;
@@ -131,10 +131,7 @@ async fn run(args: &Args) -> Result<bool> {
     let verified = arms.iter().all(|arm| arm.verified) && qemu.verification.verified;
     let report = BenchReport {
         version: 1,
-        vmm: host
-            .qemu()
-            .identity(torpor_vmm::Accel::of_host())
-            .to_string(),
+        vmm: host.vmm().identity().to_string(),
         iterations: args.iterations,
         targets: targets(lean, plain, warm_ms),
         torpor_to_qemu: ratios(lean, &qemu, warm_ms),

@@ -21,6 +21,7 @@ use torpor_demo::templates::Templates;
 use torpor_demo::watch::Watch;
 use torpor_demo::{elapsed_ms, picture};
 use torpor_sandbox::host::Host;
+use torpor_sandbox::vmm::VmmKind;
 use torpor_workload::Check;
 
 /// In the order of the table.
@@ -47,6 +48,10 @@ struct Args {
     /// Where storage and results go; the storage in it is emptied first
     #[arg(long, value_name = "DIR", default_value = "target/demo")]
     out: PathBuf,
+
+    /// Which VMM runs the guests: qemu or firecracker [default: qemu, for figures to compare]
+    #[arg(long, value_name = "VMM")]
+    vmm: Option<VmmKind>,
 }
 
 #[tokio::main]
@@ -70,7 +75,7 @@ async fn main() -> ExitCode {
 async fn run(args: &Args) -> Result<bool> {
     let started = Instant::now();
     let space = BenchSpace::open(&args.out)?;
-    let host = space.host().await?;
+    let host = space.host(args.vmm).await?;
     let watch = Watch::new(STAGES);
     let templates = Templates::build(&host, &watch).await?;
     let (arms, before) = run_arms(&host, &templates, &watch).await?;
@@ -82,10 +87,7 @@ async fn run(args: &Args) -> Result<bool> {
     watch.end();
 
     let verified = clones.verified && arms.iter().all(|arm| arm.verified);
-    let vmm = host
-        .qemu()
-        .identity(torpor_vmm::Accel::of_host())
-        .to_string();
+    let vmm = host.vmm().identity().to_string();
     let total_ms = elapsed_ms(started);
     let report = DemoReport {
         version: REPORT_VERSION,

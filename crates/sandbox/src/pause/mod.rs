@@ -1,18 +1,20 @@
 //! The pause: from a running sandbox to a durable build, in typed phases.
 //!
 //! ```text
-//! Running ─freeze user─reclaim─▶ Reclaimed ─drain─▶ Drained ─stop─▶ Stopped ─settle─▶ Settled
-//!    ▲                                                                │                 │ scan
-//!    │            every failure from here on resumes the vCPUs, ──────┤                 ▼
-//!    └──────────── thaws, and keeps the sandbox as it was             ▼              Scanned
-//!                        Committed ◀─commit─ Written ◀─write─ Captured ◀───capture──────┘
+//! Running ─freeze user─reclaim─▶ Reclaimed ─drain─▶ Drained ─stop─▶ Stopped ─save state─▶ Saved
+//!    ▲                                                                │                    │ settle
+//!    │            every failure from here on resumes the vCPUs, ──────┤                    ▼
+//!    └──────────── thaws, and keeps the sandbox as it was             │                 Settled
+//!                                                                     ▼                    │ scan
+//!                 Committed ◀─commit─ Written ◀─write─ Captured ◀──capture── Scanned ◀─────┘
 //! ```
 //!
 //! Each step consumes its phase and returns the next, so no boolean remembers where we are.
 //!
 //! The happy path: the user's processes freeze, reclaim and drain make the guest lean, the vCPUs
-//! stop, the pager settles (only now is the dirty set read), the scan finds the pages that nobody
-//! needs, device state and memory are captured, and from the copy the build is written and committed. Only then does the VMM go.
+//! stop, the device state is taken (a VMM may write to guest memory for it), the pager settles (only
+//! now is the dirty set read), the scan finds the pages that nobody needs, the memory is copied, and
+//! from the copy the build is written and committed. Only then does the VMM go.
 //!
 //! Failing, first way: freeze, reclaim, drain and scan are best effort. They have their own ceilings,
 //! say in the report why they did not do their work, and never fail a pause.
@@ -120,7 +122,7 @@ pub async fn pause(
     let reclaimed = running.reclaim().await;
     let drained = reclaimed.drain().await;
     let stopped = drained.stop().await?;
-    let settled = stopped.settle().await?;
+    let settled = stopped.save_state().await?.settle().await?;
     let captured = settled.scan().await.capture().await?;
     let written = captured.write().await?;
     written.commit().await

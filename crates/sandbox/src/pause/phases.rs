@@ -49,6 +49,7 @@ struct Course {
     user_frozen: Duration,
     reclaim: Option<ReclaimReport>,
     drain: Option<DrainReport>,
+    drain_removes: Option<u64>,
     /// Whether the stopped guest may be scanned; `None` where nobody wants it to be.
     scan_permission: Option<Permission>,
     scan: Option<ScanReport>,
@@ -156,6 +157,7 @@ pub(super) async fn begin(
         user_frozen: Duration::ZERO,
         reclaim: None,
         drain: None,
+        drain_removes: None,
         scan_permission: None,
         scan: None,
         guest_nonfree_bytes: None,
@@ -215,9 +217,15 @@ impl Reclaimed {
         let ceiling = Duration::from_millis(course.request.flags.drain_ceiling_ms);
         if !ceiling.is_zero() {
             let (guard, since) = begin_step(&course.request, PauseStep::Drain);
+            let removes = |course: &Course| Some(course.sandbox.pager_stats()?.removes);
+            let before = removes(&course);
             let report = course.sandbox.drain(ceiling).await;
             drop(guard);
-            course.note(PauseStep::Drain, since, None);
+            course.drain_removes =
+                (removes(&course).zip(before)).map(|(now, before)| now.saturating_sub(before));
+            let incomplete = !report.outcome.is_complete();
+            let why = incomplete.then(|| report.outcome.to_string());
+            course.note(PauseStep::Drain, since, why);
             course.drain = Some(report);
         }
         let since = Instant::now();
@@ -265,12 +273,46 @@ pub(super) struct Stopped {
 }
 
 impl Stopped {
-    /// Waits until the pager has seen all that happened before the stop.
+    /// Takes the device state. Before the memory is looked at: a VMM may write to guest memory to
+    /// take it (Firecracker does), and an old page beside a new state is a broken guest.
+    pub(super) async fn save_state(self) -> Result<Saved, PauseFailure> {
+        let Self {
+            mut course,
+            staged,
+            stopped_at,
+        } = self;
+        let (guard, since) = begin_step(&course.request, PauseStep::SaveState);
+        let state = course.sandbox.vmm().save_state().await;
+        drop(guard);
+        course.note(PauseStep::SaveState, since, None);
+        match state {
+            Ok(state) => Ok(Saved {
+                course,
+                staged,
+                stopped_at,
+                state,
+            }),
+            Err(error) => Err(course.roll_back(PauseStep::SaveState, error.into()).await),
+        }
+    }
+}
+
+/// The device state is taken: nothing writes to the guest's memory any more.
+pub(super) struct Saved {
+    course: Course,
+    staged: StagedBuild,
+    stopped_at: Instant,
+    state: Vec<u8>,
+}
+
+impl Saved {
+    /// Waits until the pager has seen all that has happened.
     pub(super) async fn settle(self) -> Result<Settled, PauseFailure> {
         let Self {
             mut course,
             staged,
             stopped_at,
+            state,
         } = self;
         let (guard, since) = begin_step(&course.request, PauseStep::Settle);
         let changes = course.sandbox.changes(SETTLE_MAX).await;
@@ -281,6 +323,7 @@ impl Stopped {
                 course,
                 staged,
                 stopped_at,
+                state,
                 changes,
             }),
             Err(error) => Err(course.roll_back(PauseStep::Settle, error).await),
@@ -293,6 +336,7 @@ pub(super) struct Settled {
     course: Course,
     staged: StagedBuild,
     stopped_at: Instant,
+    state: Vec<u8>,
     changes: Changes,
 }
 
@@ -303,6 +347,7 @@ impl Settled {
             mut course,
             staged,
             stopped_at,
+            state,
             changes,
         } = self;
         let mut free = Vec::new();
@@ -317,6 +362,7 @@ impl Settled {
             course,
             staged,
             stopped_at,
+            state,
             changes,
             free,
         }
@@ -328,28 +374,22 @@ pub(super) struct Scanned {
     course: Course,
     staged: StagedBuild,
     stopped_at: Instant,
+    state: Vec<u8>,
     changes: Changes,
     free: Vec<PageRun>,
 }
 
 impl Scanned {
-    /// Copies memory and device state.
+    /// Copies the memory.
     pub(super) async fn capture(self) -> Result<Captured, PauseFailure> {
         let Self {
             mut course,
             staged,
             stopped_at,
+            state,
             changes,
             free,
         } = self;
-        let (guard, since) = begin_step(&course.request, PauseStep::SaveState);
-        let state = course.sandbox.vmm().save_state().await;
-        drop(guard);
-        course.note(PauseStep::SaveState, since, None);
-        let state = match state {
-            Ok(state) => state,
-            Err(error) => return Err(course.roll_back(PauseStep::SaveState, error.into()).await),
-        };
         let (guard, since) = begin_step(&course.request, PauseStep::CaptureMemory);
         let plan = changes.plan(course.sandbox.spec().memory_pages(), &free);
         let memory = course.sandbox.copy_memory(plan).await;
@@ -520,6 +560,7 @@ impl Written {
             steps: self.course.steps.clone(),
             reclaim: self.course.reclaim.clone(),
             drain: self.course.drain.clone(),
+            drain_removes: self.course.drain_removes,
             scan: self.course.scan.clone(),
             user_frozen_ms: ms(self.course.user_frozen),
             freeze_ms: ms(self.freeze),

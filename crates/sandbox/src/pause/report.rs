@@ -24,12 +24,12 @@ pub enum PauseStep {
     CountFree,
     /// The vCPUs stop.
     Stop,
-    /// The pager has seen every event of before the stop.
+    /// Device state is saved.
+    SaveState,
+    /// The pager has seen every event of before the stop, and what saving the state did.
     Settle,
     /// The guest's free pages are found.
     Scan,
-    /// Device state is saved.
-    SaveState,
     /// What the build needs of the memory is copied.
     CaptureMemory,
     /// Memory is compared, compressed and written.
@@ -51,9 +51,9 @@ impl PauseStep {
             Self::Drain => "drain",
             Self::CountFree => "count_free",
             Self::Stop => "stop",
+            Self::SaveState => "save_state",
             Self::Settle => "settle",
             Self::Scan => "scan",
-            Self::SaveState => "save_state",
             Self::CaptureMemory => "capture_memory",
             Self::WriteMemory => "write_memory",
             Self::WriteDisk => "write_disk",
@@ -71,9 +71,9 @@ impl PauseStep {
             Self::Drain => "drain free pages",
             Self::CountFree => "count the guest's free memory",
             Self::Stop => "stop the vCPUs",
+            Self::SaveState => "save device state",
             Self::Settle => "settle the pager",
             Self::Scan => "scan for free pages",
-            Self::SaveState => "save device state",
             Self::CaptureMemory => "capture memory",
             Self::WriteMemory => "write memory",
             Self::WriteDisk => "write disk",
@@ -114,6 +114,10 @@ pub struct PauseReport {
     pub reclaim: Option<ReclaimReport>,
     /// How the drain ended.
     pub drain: Option<DrainReport>,
+    /// REMOVE events that the pager read during the drain; absent where nobody serves the guest's
+    /// page faults (a booted guest), or nothing was drained.
+    #[serde(default)]
+    pub drain_removes: Option<u64>,
     /// What the scan found; absent where it was turned off.
     #[serde(default)]
     pub scan: Option<ScanReport>,

@@ -26,6 +26,7 @@ use torpor_sandbox::pause::report::PauseStep;
 use torpor_sandbox::pause::{PauseFailure, PauseRequest, Paused, pause};
 use torpor_sandbox::progress::{Progress, ProgressEvent};
 use torpor_sandbox::resume::{ResumeOptions, ResumeReport, resume};
+use torpor_sandbox::vmm::{VmmKind, VmmOptions};
 
 /// Memory of the tests' guests.
 pub(crate) const GUEST_MEMORY_BYTES: u64 = 256 << 20;
@@ -55,6 +56,14 @@ pub(crate) fn storage_dir() -> PathBuf {
     .clone()
 }
 
+/// These tests look into QEMU's ways, also where Firecracker would be the default.
+pub(crate) fn on_qemu() -> VmmOptions {
+    VmmOptions {
+        kind: Some(VmmKind::Qemu),
+        ..VmmOptions::default()
+    }
+}
+
 pub(crate) async fn host() -> Host {
     host_with(None).await
 }
@@ -63,6 +72,7 @@ pub(crate) async fn host_with(tracking: Option<WriteTracking>) -> Host {
     let options = HostOptions {
         storage: storage_dir(),
         tracking,
+        vmm: on_qemu(),
         ..HostOptions::default()
     };
     Host::open(options).await.unwrap()
@@ -254,6 +264,7 @@ impl CopiedStorage {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let options = HostOptions {
             storage: dir.path().to_path_buf(),
+            vmm: on_qemu(),
             ..HostOptions::default()
         };
         let copied = Host::open(options).await.unwrap();

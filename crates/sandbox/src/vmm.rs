@@ -1,0 +1,285 @@
+//! Which VMM runs a guest: chosen for a guest that is booted, given for one that is resumed (by the
+//! VMM that made its build, since device states are no VMM's but its own).
+//!
+//! Firecracker is the choice where it can run: KVM usable, a binary of 1.10 or newer there. QEMU runs
+//! anywhere. Whoever names a VMM gets that one or an error, never the other.
+//!
+//! The two differ in three things, all of them here and in `incoming`: how they are found, how a
+//! machine is booted, and how one is made ready for a device state.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use torpor_build::BalloonRecord;
+use torpor_vmm::firecracker::{self, FirecrackerBinary, InstalledBalloon};
+use torpor_vmm::qemu::{self, QemuBinary};
+use torpor_vmm::{Accel, BootSource, KvmSupport, MachineConfig, Vmm, VmmError, VmmIdentity};
+
+use crate::error::StartError;
+use crate::sandbox::{CONSOLE_FILE, machine_dir};
+
+/// A VMM that torpor drives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum VmmKind {
+    /// Runs anywhere.
+    Qemu,
+    /// Needs KVM.
+    Firecracker,
+}
+
+impl VmmKind {
+    /// As a manifest and the command line spell it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Firecracker => "firecracker",
+        }
+    }
+}
+
+impl fmt::Display for VmmKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for VmmKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        [Self::Qemu, Self::Firecracker]
+            .into_iter()
+            .find(|kind| kind.name() == text)
+            .ok_or_else(|| format!("`{text}` is no VMM that torpor drives: qemu or firecracker"))
+    }
+}
+
+/// What is forced of the choice.
+#[derive(Debug, Clone, Default)]
+pub struct VmmOptions {
+    /// The VMM to take, and no other.
+    pub kind: Option<VmmKind>,
+    /// The QEMU to use instead of the one from PATH.
+    pub qemu: Option<PathBuf>,
+    /// The Firecracker to use instead of the one from PATH.
+    pub firecracker: Option<PathBuf>,
+}
+
+/// A VMM's program, found on this host.
+#[derive(Debug, Clone)]
+pub enum VmmBinary {
+    /// QEMU.
+    Qemu(QemuBinary),
+    /// Firecracker, on a host with KVM.
+    Firecracker(FirecrackerBinary),
+}
+
+/// The VMM of a host, and why this one.
+#[derive(Debug, Clone)]
+pub struct VmmChoice {
+    /// The VMM.
+    pub binary: VmmBinary,
+    /// The reason, as half a sentence.
+    pub why: String,
+}
+
+impl VmmOptions {
+    /// Chooses the VMM that boots guests here. Blocks for some milliseconds.
+    ///
+    /// # Errors
+    /// The one that was asked for cannot be had, or none can.
+    pub fn choose(&self) -> Result<VmmChoice, StartError> {
+        if let Some(kind) = self.kind {
+            return Ok(VmmChoice {
+                binary: self.find(kind)?,
+                why: "it was asked for".to_owned(),
+            });
+        }
+        let why = match self.find(VmmKind::Firecracker) {
+            // Who names a QEMU and no Firecracker wants that QEMU.
+            Ok(_) if self.qemu.is_some() && self.firecracker.is_none() => {
+                "a QEMU was named, and no Firecracker".to_owned()
+            }
+            Ok(binary) => {
+                return Ok(VmmChoice {
+                    binary,
+                    why: "KVM is usable and Firecracker is there".to_owned(),
+                });
+            }
+            Err(error) => format!("Firecracker cannot run here: {error}"),
+        };
+        Ok(VmmChoice {
+            binary: self.find(VmmKind::Qemu)?,
+            why,
+        })
+    }
+
+    /// Finds one VMM. Blocks for some milliseconds.
+    ///
+    /// # Errors
+    /// It is not there, too old, or has no KVM where it needs that.
+    pub fn find(&self, kind: VmmKind) -> Result<VmmBinary, StartError> {
+        match kind {
+            VmmKind::Qemu => Ok(VmmBinary::Qemu(QemuBinary::find(self.qemu.as_deref())?)),
+            VmmKind::Firecracker => {
+                let why_not = match KvmSupport::of_host() {
+                    KvmSupport::Usable => {
+                        let binary = FirecrackerBinary::find(self.firecracker.as_deref())?;
+                        return Ok(VmmBinary::Firecracker(binary));
+                    }
+                    KvmSupport::WithoutHardware => {
+                        "the processor shows no vmx or svm, whatever /dev/kvm is there"
+                    }
+                    KvmSupport::NotPermitted => "/dev/kvm may not be opened",
+                    KvmSupport::Absent => "there is no /dev/kvm",
+                };
+                Err(StartError::NoKvm { why_not })
+            }
+        }
+    }
+}
+
+impl VmmBinary {
+    /// Which of the two.
+    #[must_use]
+    pub fn kind(&self) -> VmmKind {
+        match self {
+            Self::Qemu(_) => VmmKind::Qemu,
+            Self::Firecracker(_) => VmmKind::Firecracker,
+        }
+    }
+
+    /// The program.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Qemu(binary) => &binary.path,
+            Self::Firecracker(binary) => &binary.path,
+        }
+    }
+
+    /// The version as the program spells it.
+    #[must_use]
+    pub fn version(&self) -> &str {
+        match self {
+            Self::Qemu(binary) => &binary.version,
+            Self::Firecracker(binary) => &binary.release,
+        }
+    }
+
+    /// What its balloon can do about free pages.
+    #[must_use]
+    pub fn free_pages(&self) -> BalloonRecord {
+        match self {
+            Self::Qemu(_) => BalloonRecord {
+                reporting: true,
+                hinting: false,
+            },
+            Self::Firecracker(binary) => record(InstalledBalloon::plan(binary.version, true)),
+        }
+    }
+
+    /// How guest code is executed here.
+    #[must_use]
+    pub fn accel(&self) -> Accel {
+        match self {
+            Self::Qemu(_) => Accel::of_host(),
+            Self::Firecracker(_) => Accel::Kvm,
+        }
+    }
+
+    /// Who a machine under it would be.
+    #[must_use]
+    pub fn identity(&self) -> VmmIdentity {
+        self.identity_as(self.accel())
+    }
+
+    /// The same with another accelerator, where the VMM has more than one.
+    pub(crate) fn identity_as(&self, accel: Accel) -> VmmIdentity {
+        match self {
+            Self::Qemu(binary) => binary.identity(accel),
+            Self::Firecracker(binary) => binary.identity(),
+        }
+    }
+
+    /// The guest kernel's whole command line.
+    pub(crate) fn command_line(
+        &self,
+        machine: &MachineConfig,
+        source: &BootSource,
+    ) -> Result<String, VmmError> {
+        match self {
+            Self::Qemu(_) => qemu::kernel_command_line(machine, source),
+            Self::Firecracker(_) => firecracker::kernel_command_line(machine, source),
+        }
+    }
+
+    /// Boots a machine whose files are in `run_dir`. Says what its balloon does about free pages.
+    pub(crate) async fn boot(
+        &self,
+        machine: &MachineConfig,
+        source: &BootSource,
+        run_dir: &Path,
+    ) -> Result<(Arc<dyn Vmm>, BalloonRecord), StartError> {
+        let console = run_dir.join(CONSOLE_FILE);
+        match self {
+            Self::Qemu(binary) => {
+                let vmm = qemu::boot(binary, machine, source, &console).await?;
+                let balloon = BalloonRecord {
+                    reporting: machine.free_page_reporting,
+                    hinting: false,
+                };
+                Ok((Arc::from(vmm), balloon))
+            }
+            Self::Firecracker(binary) => {
+                let dir = machine_dir(run_dir)?;
+                let booted = firecracker::boot(binary, machine, source, &dir, &console);
+                let (vmm, balloon) = booted.await?;
+                Ok((Arc::from(vmm), record(balloon)))
+            }
+        }
+    }
+}
+
+fn record(balloon: InstalledBalloon) -> BalloonRecord {
+    BalloonRecord {
+        reporting: balloon.reporting,
+        hinting: balloon.hinting,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vmm_is_named_as_manifests_name_it() {
+        for kind in [VmmKind::Qemu, VmmKind::Firecracker] {
+            assert_eq!(kind.to_string().parse(), Ok(kind));
+        }
+        assert!("xen".parse::<VmmKind>().is_err());
+    }
+
+    #[test]
+    fn without_firecracker_it_is_qemu_and_the_reason_is_told() {
+        let options = VmmOptions {
+            firecracker: Some("/nonexistent/firecracker".into()),
+            ..VmmOptions::default()
+        };
+        let choice = options.choose().unwrap();
+        assert_eq!(choice.binary.kind(), VmmKind::Qemu);
+        assert!(
+            choice.why.contains("Firecracker cannot run here"),
+            "{}",
+            choice.why
+        );
+        let asked = VmmOptions {
+            kind: Some(VmmKind::Firecracker),
+            ..options
+        };
+        assert!(asked.choose().is_err(), "never the other one");
+    }
+}
