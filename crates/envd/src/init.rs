@@ -113,9 +113,10 @@ pub(crate) fn give_up(error: &InitError) -> ! {
     // The console is all there is; when it fails too, switching off is still right.
     drop(io::stderr().write_all(message.as_bytes()));
     nix::unistd::sync();
-    // Each returns only if it failed. A machine without a way to switch off is reset: the VMM runs
-    // with -no-reboot and ends as well.
-    for way in [RebootMode::RB_POWER_OFF, RebootMode::RB_AUTOBOOT] {
+    // Each returns only if it failed. By a reset first, which ends every VMM (QEMU runs with
+    // -no-reboot): Firecracker's machine has no way to switch off, and a kernel that is told to
+    // would halt without a word to anyone.
+    for way in [RebootMode::RB_AUTOBOOT, RebootMode::RB_POWER_OFF] {
         let Err(errno) = reboot(way);
         drop(writeln!(io::stderr(), "envd: {way:?} failed: {errno}"));
     }
