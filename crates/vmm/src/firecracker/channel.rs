@@ -6,10 +6,12 @@
 //! the start, as on QEMU.
 //!
 //! A connection does not survive a snapshot, not even in the machine that goes on: Firecracker tells
-//! the guest so when it saves its state, by an event that the guest's kernel takes in *after* the
-//! connections that were asked for while it stood still (seen), and ends those as well, without a
-//! word to the host. So the carrier lets go when a state is taken, connects when the vCPUs run
-//! again, and believes a connection only when the agent has greeted on it with one zero byte. What is
+//! the guest so when it saves its state, by an event (TRANSPORT_RESET) on which the guest's kernel ends
+//! every connection that it has by then. The event has a queue of its own, and the guest may take in
+//! new connections from the other queue first: it ends those as well, without a word to the host.
+//! Firecracker holds new ones back until the event was acknowledged only from 1.16 on. So the carrier
+//! lets go when a state is taken, connects when the vCPUs run again, and believes a connection only
+//! when the agent has greeted on it with one zero byte. What is
 //! to be said waits in the socket pair meanwhile. When the guest's side ends by itself, it is
 //! connected to again as well: bytes that were under way are lost then, and who misses an answer must
 //! open the channel anew.

@@ -158,10 +158,10 @@ impl IncomingFirecracker {
             tracing::debug!("the loaded device state stays behind: {error}");
         }
         self.instance.open_agent_channel(false)?;
-        Ok(Box::new(FirecrackerVm {
-            instance: self.instance,
-            mappings: self.mappings,
-        }))
+        Ok(Box::new(FirecrackerVm::loaded(
+            self.instance,
+            self.mappings,
+        )))
     }
 }
 

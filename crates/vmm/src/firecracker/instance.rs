@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep};
 use crate::console::ConsoleLog;
 use crate::error::{Result, VmmError};
 use crate::firecracker::api::{Api, ApiError};
-use crate::firecracker::binary::FirecrackerBinary;
+use crate::firecracker::binary::{FirecrackerBinary, Version};
 use crate::firecracker::channel::{self, Carrier};
 use crate::firecracker::config::{self, names};
 use crate::host::check_room;
@@ -96,6 +96,7 @@ pub(super) fn file_error(role: &'static str, path: &Path, source: io::Error) -> 
 #[derive(Debug)]
 pub(super) struct Instance {
     pub(super) identity: VmmIdentity,
+    pub(super) version: Version,
     pub(super) process: Process,
     pub(super) memory_bytes: u64,
     pub(super) dir: MachineDir,
@@ -145,6 +146,7 @@ impl Instance {
         let api = Api::at(&dir.socket(names::API_SOCKET));
         let instance = Self {
             identity: binary.identity(),
+            version: binary.version,
             process,
             memory_bytes: machine.memory_bytes,
             dir,

@@ -3,9 +3,15 @@
 //! Taking the device state *writes to guest memory*: Firecracker tells the guest that its vsock
 //! connections are over, in the vsock's event queue. So memory, and the set of written pages, must be
 //! taken after the state, or a resumed guest waits on a connection that is none.
+//!
+//! From 1.16 on, Firecracker delivers nothing to a guest's vsock after a `Resumed` until the guest has
+//! acknowledged such an event, whether there was one or not (`pending_event_ack`, devices/virtio/
+//! vsock/device.rs: `kick` shuts the gate at every resume; taken back in 1.17's development). So a
+//! machine whose vCPUs run is not told to resume, and one that was stopped without its state being
+//! taken has it taken, for the event alone, before it goes on: else no byte would reach its agent again.
 
-use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -16,10 +22,10 @@ use tokio::net::UnixStream;
 use crate::error::{Result, VmmError};
 use crate::firecracker::api::ApiError;
 use crate::firecracker::balloon::{InstalledBalloon, install_balloon};
-use crate::firecracker::binary::FirecrackerBinary;
+use crate::firecracker::binary::{FirecrackerBinary, Version};
 use crate::firecracker::config::{self, names, ram_layout};
 use crate::firecracker::drain::drain_balloon;
-use crate::firecracker::instance::{Instance, REQUEST_DEADLINE};
+use crate::firecracker::instance::{Instance, REQUEST_DEADLINE, file_error};
 use crate::firecracker::memory::locate;
 use crate::machine::{BootSource, MachineConfig, VmmIdentity};
 use crate::memory::{GuestMemory, MemoryMapping, RamSegment};
@@ -32,13 +38,19 @@ const STATE_BYTES_MAX: u64 = 64 << 20;
 const NOWHERE: &str = ".";
 /// Firecracker's words when it cannot (`MemoryBackingFile`): the device state is complete by then.
 const NOWHERE_REFUSED: &str = "memory backing file";
+/// The first version that delivers nothing to the guest's vsock until a reset was acknowledged.
+const RESET_GATE_SINCE: Version = Version::new(1, 16, 0);
+/// The state that `GET /` names once the vCPUs run.
+const RUNNING: &str = "Running";
 
 /// A Firecracker with a guest in it.
 #[derive(Debug)]
 pub(super) struct FirecrackerVm {
     pub(super) instance: Instance,
     /// Where it has its guest's memory.
-    pub(super) mappings: Vec<MemoryMapping>,
+    mappings: Vec<MemoryMapping>,
+    /// Whether an event that ends its connections waits for the guest.
+    reset_waits: AtomicBool,
 }
 
 /// Boots a machine in `dir`, an empty directory that is its alone. It runs when this returns;
@@ -83,11 +95,24 @@ pub async fn boot(
         &ram_layout(instance.memory_bytes),
         &command_line,
     )?;
-    let vm = FirecrackerVm { instance, mappings };
+    let vm = FirecrackerVm {
+        instance,
+        mappings,
+        reset_waits: AtomicBool::new(false),
+    };
     Ok((Box::new(vm), balloon))
 }
 
 impl FirecrackerVm {
+    /// A machine whose state was loaded: the state holds the event.
+    pub(super) fn loaded(instance: Instance, mappings: Vec<MemoryMapping>) -> Self {
+        Self {
+            instance,
+            mappings,
+            reset_waits: AtomicBool::new(true),
+        }
+    }
+
     /// Memory that the guest holds on the host: what is resident of its mappings.
     fn held_bytes(&self) -> u64 {
         self.memory()
@@ -100,8 +125,9 @@ impl FirecrackerVm {
 
     /// Takes the device state without the memory. Firecracker writes the state first, then opens
     /// the memory's file, which it cannot: so the guest stands still for the state alone, and
-    /// nothing of its memory is copied twice.
-    async fn save_to_file(&self) -> Result<()> {
+    /// nothing of its memory is copied twice. The guest's connections are over then.
+    async fn save_to_file(&self) -> Result<PathBuf> {
+        self.instance.set_agent_reachable(false);
         let body = json!({
             "snapshot_type": "Full",
             "snapshot_path": names::STATE,
@@ -113,7 +139,10 @@ impl FirecrackerVm {
         let reason = match saved {
             Err(VmmError::Api {
                 source: ApiError::Refused { fault_message, .. },
-            }) if fault_message.contains(NOWHERE_REFUSED) => return Ok(()),
+            }) if fault_message.contains(NOWHERE_REFUSED) => {
+                self.reset_waits.store(true, Ordering::Relaxed);
+                return Ok(self.instance.dir.join(names::STATE));
+            }
             Err(VmmError::Api {
                 source: ApiError::Refused { fault_message, .. },
             }) => fault_message,
@@ -124,6 +153,23 @@ impl FirecrackerVm {
             what: "save",
             reason,
         })
+    }
+
+    /// Takes a state for the event that comes with it. Where it cannot be taken the guest goes on all
+    /// the same: only its agent is out of reach, and the next state gives it back.
+    async fn end_connections(&self) -> Result<()> {
+        match self.save_to_file().await {
+            Ok(path) => fs::remove_file(&path)
+                .await
+                .map_err(|source| file_error("device state", &path, source)),
+            Err(error @ VmmError::Died { .. }) => Err(error),
+            Err(error) => {
+                tracing::warn!(
+                    "the guest's agent may be out of reach until the next pause: {error}"
+                );
+                Ok(())
+            }
+        }
     }
 }
 
@@ -169,7 +215,15 @@ impl Vmm for FirecrackerVm {
     }
 
     async fn resume_vcpus(&self) -> Result<()> {
+        if self.instance.state().await? == RUNNING {
+            return Ok(());
+        }
+        let gated = self.instance.version >= RESET_GATE_SINCE;
+        if gated && !self.reset_waits.load(Ordering::Relaxed) {
+            self.end_connections().await?;
+        }
         self.instance.set_running(true).await?;
+        self.reset_waits.store(false, Ordering::Relaxed);
         self.instance.set_agent_reachable(true);
         Ok(())
     }
@@ -182,15 +236,8 @@ impl Vmm for FirecrackerVm {
                 state,
             });
         }
-        let path = self.instance.dir.join(names::STATE);
-        let failed = |source: io::Error| VmmError::File {
-            role: "device state",
-            path: path.clone(),
-            source,
-        };
-        let saved = self.save_to_file().await;
-        self.instance.set_agent_reachable(false);
-        saved?;
+        let path = self.save_to_file().await?;
+        let failed = |source| file_error("device state", &path, source);
         let len = fs::metadata(&path).await.map_err(failed)?.len();
         if len > STATE_BYTES_MAX {
             return Err(VmmError::StateTooLarge {

@@ -1,0 +1,169 @@
+//! What a real Linux guest lives through under a real Firecracker.
+//!
+//! Needs a Firecracker (`TORPOR_FIRECRACKER`) and KVM: `make test-firecracker` gives both, on a host
+//! without KVM by emulating one. Without them nothing is run here, which each test says.
+
+#![allow(missing_docs, reason = "tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    reason = "a helper that fails ends the test, what it measures is shown, pages fit a usize"
+)]
+
+mod lab;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::fs;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use torpor_pager::Pager;
+use torpor_vmm::firecracker;
+use torpor_vmm::{DrainOutcome, VmmError};
+
+use lab::{Image, Lab, binary, capture, drain, mib, reclaim, serve};
+use support::Guest;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_booted_guest_has_its_drives_its_channel_and_its_random_numbers() {
+    let Some(binary) = binary() else { return };
+    let lab = Lab::new(binary);
+    let (mut guest, balloon) = lab.boot(false, "").await;
+    assert!(balloon.hinting && !balloon.reporting);
+    assert_eq!(guest.ask("readonly /dev/vda").await, "1");
+    assert_eq!(guest.ask("readonly /dev/vdb").await, "0");
+    assert_eq!(guest.ask("write /dev/vdb 1048576 4096 7").await, "ok");
+    assert_ne!(guest.ask("write /dev/vda 0 4096 7").await, "ok");
+    let rng = guest
+        .ask("read /sys/class/misc/hw_random/rng_available")
+        .await;
+    assert!(rng.contains("virtio_rng"), "{rng}");
+    let cmdline = guest.ask("read /proc/cmdline").await;
+    println!("{cmdline}");
+    assert!(cmdline.contains("init_on_alloc=0"), "{cmdline}");
+
+    let memory = guest.vm.memory().unwrap();
+    let held = memory.held_bytes().unwrap();
+    println!("held: {} MiB of {}", mib(held), mib(memory.len_bytes));
+    assert!(held > 16 << 20 && held < memory.len_bytes);
+    assert!(lab.host.console().contains("test guest is up"));
+
+    // A pause that was given up before its state was taken: the agent answers all the same.
+    for _ in 0..2 {
+        guest.vm.stop_vcpus().await.unwrap();
+        guest.vm.resume_vcpus().await.unwrap();
+        guest.count().await;
+    }
+
+    // Pausing and resuming twice is no error, and a guest goes on after its state was taken.
+    let error = guest.vm.save_state().await.unwrap_err();
+    assert!(matches!(error, VmmError::WrongState { .. }), "{error}");
+    for _ in 0..2 {
+        guest.vm.stop_vcpus().await.unwrap();
+        guest.vm.stop_vcpus().await.unwrap();
+        let began = Instant::now();
+        let state = guest.vm.save_state().await.unwrap();
+        println!(
+            "device state: {} bytes in {:?}",
+            state.len(),
+            began.elapsed()
+        );
+        assert!((4_000..1_000_000).contains(&state.len()));
+        guest.vm.resume_vcpus().await.unwrap();
+        guest.vm.resume_vcpus().await.unwrap();
+        guest.count().await;
+    }
+    let exit = guest.vm.kill().await.unwrap();
+    assert_eq!(exit.signal, Some(9));
+    assert!(guest.vm.memory().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_gets_free_memory_back_ten_times_in_a_row() {
+    let Some(binary) = binary() else { return };
+    let lab = Lab::new(binary);
+    let (mut guest, _) = lab.boot(false, "").await;
+    let kept = guest.ask("keep 8").await;
+    for round in 0..10 {
+        guest.ask("churn 64").await;
+        reclaim(&mut guest).await;
+        let report = drain(&guest, None, Duration::from_secs(60)).await;
+        assert_eq!(report.outcome, DrainOutcome::Done, "round {round}");
+        assert!(
+            report.released_bytes >= 32 << 20,
+            "round {round}: {report:?}"
+        );
+    }
+    assert_eq!(guest.ask("kept").await, kept);
+
+    // No time at all: stopped, and the next one works all the same.
+    let report = drain(&guest, None, Duration::from_millis(1)).await;
+    let timed_out = [DrainOutcome::CeilingReached, DrainOutcome::Done];
+    assert!(timed_out.contains(&report.outcome), "{report:?}");
+    guest.ask("churn 64").await;
+    let report = drain(&guest, None, Duration::from_secs(60)).await;
+    assert_eq!(report.outcome, DrainOutcome::Done);
+    assert_eq!(guest.ask("kept").await, kept);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_is_resumed_three_generations_deep_with_its_memory_as_it_was() {
+    let Some(binary) = binary() else { return };
+    let mut lab = Lab::new(binary.clone());
+    let (mut guest, _) = lab.boot(false, "").await;
+    let mut kept = guest.ask("keep 4").await;
+    assert_eq!(guest.ask("write /dev/vdb 1048576 4096 0").await, "ok");
+    guest.ask("churn 64").await;
+    let mut pager: Option<(Pager, Arc<Image>)> = None;
+    for generation in 1..=3_u8 {
+        println!("generation {generation}");
+        reclaim(&mut guest).await;
+        let served = pager.as_ref().map(|(pager, _)| pager);
+        let report = drain(&guest, served, Duration::from_secs(120)).await;
+        assert_eq!(report.outcome, DrainOutcome::Done);
+        assert!(report.released_bytes + report.discarded_bytes.unwrap_or(0) >= 32 << 20);
+
+        guest.vm.stop_vcpus().await.unwrap();
+        // The state first: taking it writes to guest memory.
+        let state = guest.vm.save_state().await.unwrap();
+        let served = pager.as_ref().map(|(pager, image)| (pager, &**image));
+        let image = Arc::new(capture(&*guest.vm, served));
+        guest.vm.kill().await.unwrap();
+        drop(pager);
+
+        let next = Lab::new(binary.clone());
+        fs::copy(lab.host.path("layer.img"), next.host.path("layer.img")).unwrap();
+        let began = Instant::now();
+        let (log, machine) = (next.host.path("console.log"), next.machine(false));
+        let incoming = firecracker::prepare_resume(&binary, &machine, next.dir.path(), &log);
+        let mut incoming = incoming.await.unwrap();
+        let started = began.elapsed();
+        let handshake = incoming.hand_over(&state).await.unwrap();
+        let handed_over = began.elapsed();
+        let serving = serve(handshake, incoming.pid(), Arc::clone(&image));
+        let vm = incoming.finish().await.unwrap();
+        let loaded = began.elapsed();
+        vm.resume_vcpus().await.unwrap();
+        guest = Guest::new(vm);
+        guest.count().await;
+        println!(
+            "resumed: started {started:?}, handed over {handed_over:?}, loaded {loaded:?}, \
+             answered {:?} after {} faults",
+            began.elapsed(),
+            serving.stats().faults
+        );
+        assert_eq!(guest.ask("kept").await, kept, "generation {generation}");
+        pager = Some((serving, image));
+        lab = next;
+        // The next generation differs: other memory, another disk.
+        kept = guest.ask("keep 4").await;
+        let write = format!("write /dev/vdb 1048576 4096 {generation}");
+        assert_eq!(guest.ask(&write).await, "ok");
+        let disk = fs::read(lab.host.path("layer.img")).unwrap();
+        assert_eq!(disk[1 << 20], generation);
+        guest.ask("churn 64").await;
+    }
+}
