@@ -26,11 +26,12 @@ setup-tests: ## the set-up with what only tests need
 
 test: setup-tests build ## run every test, real guests included
 	@cargo test --locked --workspace
+	@echo "make test: the tests against a real Firecracker were not run (make test-firecracker FIRECRACKER=/path/to/firecracker)"
 
 test-long: setup-tests build ## the same with the models run for thousands of cases, and tests that take long
 	@PROPTEST_CASES=5000 cargo test --locked --workspace -- --include-ignored && cargo test --locked -p torpor-pager --lib --features shuttle interleavings
 
-test-firecracker: setup ## test against a real Firecracker: FIRECRACKER=/path/to/firecracker (without KVM: in the lab)
+test-firecracker: setup build ## test against a real Firecracker: FIRECRACKER=/path/to/firecracker (without KVM: in the lab)
 	@scripts/test-firecracker "$(FIRECRACKER)"
 
 bench: setup build ## measure, against the bars that the README names

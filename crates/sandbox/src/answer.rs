@@ -8,6 +8,7 @@ use torpor_guest::{Channel, Envd, GuestError, InitResponse};
 use torpor_vmm::Vmm;
 
 use crate::error::StartError;
+use crate::host::Patience;
 use crate::sandbox::console_tail;
 
 /// From the end of the channel to the end of the VMM: what tearing its memory down takes.
@@ -21,15 +22,15 @@ const EXIT_SEEN_MAX: Duration = Duration::from_secs(2);
 pub(crate) async fn first_answer(
     vmm: &dyn Vmm,
     run_dir: &Path,
-    patience: Duration,
+    patience: Patience,
 ) -> Result<(Envd, InitResponse), StartError> {
     let Some(stream) = vmm.take_agent_channel() else {
         return Err(StartError::ChannelTaken);
     };
     let began = Instant::now();
     let answer = async {
-        let channel = Channel::connect(stream, patience).await?;
-        let envd = Envd::new(channel);
+        let channel = Channel::connect(stream, patience.first).await?;
+        let envd = Envd::new(channel).with_deadline(patience.each);
         let answer = envd.init().await?;
         Ok((envd, answer))
     };

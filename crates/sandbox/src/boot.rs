@@ -80,7 +80,7 @@ pub async fn boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartErr
         name,
         run_dir,
     });
-    let sandbox = starting.answered(host.boot_max()).await?;
+    let sandbox = starting.answered(host.boot_patience()).await?;
     drop(step);
     // The kernel has unpacked it; nothing reads it again.
     drop(std::fs::remove_file(&initramfs));

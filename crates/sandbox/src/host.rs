@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use torpor_build::{BuildId, Storage};
+use torpor_guest::CALL_DEADLINE;
 use torpor_pager::WriteTracking;
 use torpor_vmm::VmmIdentity;
 
@@ -14,6 +15,9 @@ use crate::vmm::{VmmBinary, VmmChoice, VmmKind, VmmOptions};
 /// Longest wait for a booting guest's agent unless told otherwise: emulated boots take 5 to 10 s on
 /// an idle machine, and machines are not always idle.
 const BOOT_MAX: Duration = Duration::from_secs(120);
+/// Longest wait for a resumed guest's agent. It takes a tenth of a second; a busy machine and a
+/// cold disk make it longer.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// Where things are and what is forced, as the command line gives it.
 #[derive(Debug, Clone, Default)]
@@ -26,6 +30,9 @@ pub struct HostOptions {
     pub flags: Option<PathBuf>,
     /// How written pages are tracked, instead of the best that the host has.
     pub tracking: Option<WriteTracking>,
+    /// How long a guest may take for each of its answers, the first one included, instead of what is
+    /// usual; for hosts on which everything is slow.
+    pub patience: Option<Duration>,
 }
 
 /// This host.
@@ -38,6 +45,16 @@ pub struct Host {
     tracking: Option<WriteTracking>,
     agent: Option<PathBuf>,
     boot_max: Duration,
+    patience: Patience,
+}
+
+/// How long a resumed guest may take for its answers.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Patience {
+    /// For the first.
+    pub(crate) first: Duration,
+    /// For each after it.
+    pub(crate) each: Duration,
 }
 
 impl Host {
@@ -56,7 +73,11 @@ impl Host {
             flags: Flags::open(options.flags.as_deref()).await?,
             tracking: options.tracking,
             agent: None,
-            boot_max: BOOT_MAX,
+            boot_max: options.patience.unwrap_or_default().max(BOOT_MAX),
+            patience: Patience {
+                first: options.patience.unwrap_or(ANSWER_MAX),
+                each: options.patience.unwrap_or(CALL_DEADLINE),
+            },
         })
     }
 
@@ -78,8 +99,17 @@ impl Host {
         self.agent.as_deref()
     }
 
-    pub(crate) fn boot_max(&self) -> Duration {
-        self.boot_max
+    /// For a guest that boots.
+    pub(crate) fn boot_patience(&self) -> Patience {
+        Patience {
+            first: self.boot_max,
+            ..self.patience
+        }
+    }
+
+    /// For a guest that is resumed.
+    pub(crate) fn patience(&self) -> Patience {
+        self.patience
     }
 
     /// Where builds are.

@@ -17,7 +17,7 @@
 //!   disk and a memory of its own.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use torpor_build::{BaseImage, BuildId, Manifest, Name, RunDir};
@@ -34,10 +34,6 @@ use crate::vmm::VmmBinary;
 
 /// Two measurements of one host's clock rate differ by well under a hundredth.
 const CLOCK_RATE_TOLERANCE_DIVISOR: u64 = 100;
-
-/// Longest wait for a resumed guest's agent. It takes a tenth of a second; a busy machine and a
-/// cold disk make it longer.
-const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// How to resume.
 #[derive(Debug, Clone, Default)]
@@ -139,7 +135,7 @@ pub async fn resume(
         name,
         run_dir,
     });
-    let sandbox = starting.answered(ANSWER_MAX).await?;
+    let sandbox = starting.answered(host.patience()).await?;
     let answer_ms = clock.lap();
     let total_ms = started.elapsed().as_secs_f64() * 1e3;
     record_working_set(&sandbox).await;

@@ -28,6 +28,7 @@ use torpor_vmm::{DrainReport, GuestReader, Vmm};
 use crate::answer::first_answer;
 use crate::capture::{CapturePlan, CapturedMemory, Changes, present_pages};
 use crate::error::{StartError, StepError};
+use crate::host::Patience;
 use crate::inspect::{LAYOUT_KEY, MemoryLayout, RunRecord, started_at};
 use crate::pause::report::PauseReport;
 use crate::physical::{Content, StoppedMemory};
@@ -164,7 +165,7 @@ impl Starting {
     }
 
     /// Waits for the agent's first answer: from then on it is a sandbox.
-    pub(crate) async fn answered(self, patience: Duration) -> Result<Sandbox, StartError> {
+    pub(crate) async fn answered(self, patience: Patience) -> Result<Sandbox, StartError> {
         let body = self.0;
         let answer = first_answer(&*body.vmm, body.run_dir.path(), patience);
         let build = body.parent.as_ref().map(|parent| parent.build.id());

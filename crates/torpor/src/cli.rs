@@ -147,6 +147,9 @@ Examples:
 /// Longest ceiling of a drain: ten minutes, as for the flag of that name.
 const FPH_TIMEOUT_MS_MAX: u64 = 600_000;
 
+/// Longest patience with a guest: an hour, beyond which nobody waits.
+const GUEST_PATIENCE_S_MAX: u64 = 3600;
+
 /// What holds for every command that runs a guest.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
@@ -174,6 +177,11 @@ pub(crate) struct RunArgs {
 
     #[command(flatten)]
     pub(crate) vmm: VmmArgs,
+
+    /// How long a guest may take for each of its answers, in seconds, instead of what is usual: for
+    /// hosts on which everything is slow
+    #[arg(long, value_name = "S", env = "TORPOR_GUEST_PATIENCE", value_parser = clap::value_parser!(u64).range(1..=GUEST_PATIENCE_S_MAX))]
+    pub(crate) guest_patience: Option<u64>,
 
     /// How written pages are tracked in a resumed guest
     #[arg(long, value_enum, default_value_t = Tracking::Auto, env = "TORPOR_WRITE_TRACKING")]

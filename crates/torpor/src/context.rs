@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use torpor_build::{Build, BuildId, Error as BuildError, Name, Storage};
 use torpor_sandbox::host::{Host, HostOptions};
@@ -72,6 +73,7 @@ impl Context {
             vmm: run.vmm.options(),
             flags: run.flags.clone(),
             tracking: run.write_tracking.forced(),
+            patience: run.guest_patience.map(Duration::from_secs),
         };
         Ok(Host::open(options).await?)
     }

@@ -92,6 +92,7 @@ mod tests {
             no_refs: false,
             flags: None,
             vmm: VmmArgs::default(),
+            guest_patience: None,
             write_tracking: Tracking::Auto,
         };
         let by_flags = PauseFlags {

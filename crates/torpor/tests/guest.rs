@@ -46,6 +46,7 @@ impl Place {
             .arg("--storage")
             .arg(self.storage())
             .args(args)
+            .env("TORPOR_VMM", "qemu")
             .env_remove("TORPOR_STORAGE")
             .env_remove("TORPOR_FLAGS")
             .stdin(Stdio::null())
