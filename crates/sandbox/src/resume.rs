@@ -224,16 +224,10 @@ fn open(host: &Host, id: &BuildId) -> Result<Opened, StartError> {
         let manifest = build.manifest().clone();
         std::thread::spawn(move || warn_of_another_clock(&manifest));
     }
-    let (memory, disk) = (Arc::new(build.memory()?), Arc::new(build.disk()?));
     let base_image = host.storage().base_image(&spec.base_image)?;
     let state = build.read_vmstate()?;
-    let parent = Parent {
-        build,
-        memory,
-        disk,
-    };
     Ok(Opened {
-        parent,
+        parent: Parent::open(build)?,
         base_image,
         spec,
         vmm: (binary, accel),

@@ -86,12 +86,23 @@ impl Memory {
     }
 }
 
-/// The build that a sandbox was resumed from, with its images opened.
+/// The build that a sandbox was resumed from, or that was taken of it last, with its images opened.
 #[derive(Clone)]
 pub(crate) struct Parent {
     pub(crate) build: Build,
     pub(crate) memory: Arc<ImageReader>,
     pub(crate) disk: Arc<ImageReader>,
+}
+
+impl Parent {
+    pub(crate) fn open(build: Build) -> Result<Self, torpor_build::Error> {
+        let (memory, disk) = (Arc::new(build.memory()?), Arc::new(build.disk()?));
+        Ok(Self {
+            build,
+            memory,
+            disk,
+        })
+    }
 }
 
 /// What a sandbox is made of, but for its agent.
@@ -214,7 +225,7 @@ impl Sandbox {
         &*self.body.vmm
     }
 
-    /// The build that it was resumed from.
+    /// The build that it was resumed from, or that was taken of it last.
     #[must_use]
     pub fn parent_id(&self) -> Option<BuildId> {
         self.body.parent.as_ref().map(|parent| parent.build.id())
@@ -365,6 +376,14 @@ impl Sandbox {
             }
             tokio::time::sleep(THAW_PAUSE).await;
         }
+    }
+
+    /// Makes a build that was just taken of this sandbox its parent.
+    pub(crate) async fn adopt(&mut self, build: &Build) -> Result<(), StepError> {
+        let build = build.clone();
+        let parent = background(move || Ok(Parent::open(build)?));
+        self.body.parent = Some(parent.await?);
+        Ok(())
     }
 
     /// What the manifest of its next build says.

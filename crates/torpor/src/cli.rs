@@ -138,6 +138,9 @@ Examples:
   torpor resume-build --from-build base --cmd-pause './job'
   torpor resume-build --from-build base --cmd-pause './job' --no-scan --no-refs
 
+  # three checkpoints of one running VM, each on top of the one before
+  torpor resume-build --from-build base --cmd-pause './step' --in-place --iterations 3
+
   # look around in it
   torpor resume-build --from-build base --shell
 
@@ -337,6 +340,11 @@ pub(crate) struct ResumeBuildArgs {
     /// one is kept
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub(crate) iterations: u32,
+
+    /// Do not end the VM for a pause: store it as a build and go on with it. The next iteration works
+    /// in the same VM, and its build stores what has changed since; all builds are kept
+    #[arg(long, conflicts_with_all = ["cmd", "shell", "cold", "fph_bench"])]
+    pub(crate) in_place: bool,
 
     /// Drop the host's cache of the build before each iteration
     #[arg(long)]

@@ -47,6 +47,13 @@ pub(crate) enum CliError {
         source: Box<StepError>,
     },
     #[error(
+        "build {build} is stored, and the sandbox could not go on after it: {source}; resume that build"
+    )]
+    NotThawed {
+        build: BuildId,
+        source: Box<StepError>,
+    },
+    #[error(
         "the shell was ended because the guest did not take the last {bytes} bytes that were typed \
          (or took only a part of them): {source}"
     )]
@@ -152,7 +159,7 @@ impl CliError {
                 StepError::Build(error) => of_build(error),
                 _ => FAILED,
             },
-            Self::PauseLost(_) | Self::Lost { .. } => LOST,
+            Self::PauseLost(_) | Self::NotThawed { .. } | Self::Lost { .. } => LOST,
             Self::Command { .. } | Self::NotReady { .. } => COMMAND_FAILED,
             Self::Interrupted { .. } => INTERRUPTED,
             Self::Guest(_)

@@ -19,6 +19,7 @@ mod error;
 mod fph_bench;
 mod guest_command;
 mod images;
+mod in_place;
 mod inspect_build;
 mod inspect_memory;
 mod interrupt;

@@ -5,7 +5,7 @@ use torpor_build::{BuildId, Name};
 use torpor_sandbox::Sandbox;
 use torpor_sandbox::flags::{FlagSubject, PauseFlags};
 use torpor_sandbox::host::Host;
-use torpor_sandbox::pause::{PauseFailure, PauseRequest, Paused, pause};
+use torpor_sandbox::pause::{Checkpointed, PauseFailure, PauseRequest, Paused, checkpoint, pause};
 
 use crate::cli::RunArgs;
 use crate::context::{Context, blocking};
@@ -53,17 +53,46 @@ pub(crate) async fn into_build(
     };
     match Box::pin(pause(sandbox, host, request)).await {
         Ok(paused) => Ok(paused),
-        Err(PauseFailure::StillRunning {
+        Err(failure) => Err(ended(failure).await),
+    }
+}
+
+/// Stores a sandbox as a build and lets it go on. One that could not be stored is ended, as by
+/// [`into_build`].
+pub(crate) async fn in_place(
+    context: &Context,
+    host: &Host,
+    sandbox: Sandbox,
+    build: BuildId,
+    flags: PauseFlags,
+) -> Result<Checkpointed, CliError> {
+    let request = PauseRequest {
+        build,
+        template: None,
+        flags,
+        progress: context.output.progress(),
+    };
+    match Box::pin(checkpoint(sandbox, host, request)).await {
+        Ok(checkpointed) => Ok(checkpointed),
+        Err(failure) => Err(ended(failure).await),
+    }
+}
+
+/// Ends what is left of a sandbox whose pause failed, and says what a command that is about to end can
+/// say.
+async fn ended(failure: PauseFailure) -> CliError {
+    match failure {
+        PauseFailure::StillRunning {
             sandbox,
             step,
             source,
             ..
-        }) => {
+        } => {
             sandbox.end().await;
             let source = Box::new(source);
-            Err(CliError::NotPaused { step, source })
+            CliError::NotPaused { step, source }
         }
-        Err(lost @ PauseFailure::Lost { .. }) => Err(CliError::PauseLost(lost.to_string())),
+        lost @ PauseFailure::Lost { .. } => CliError::PauseLost(lost.to_string()),
     }
 }
 

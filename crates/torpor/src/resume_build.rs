@@ -18,10 +18,10 @@ use crate::error::CliError;
 use crate::guest_command::{Stdout, must_succeed, status};
 use crate::signal_pause::PauseTrigger;
 use crate::times::Times;
-use crate::{cold, fph_bench, pausing, report, shell};
+use crate::{cold, fph_bench, in_place, pausing, report, shell};
 
 /// What is done between resume and end, and whether the end is a pause.
-enum Task<'a> {
+pub(crate) enum Task<'a> {
     Nothing,
     Command(&'a str),
     Pause,
@@ -55,6 +55,18 @@ impl<'a> Task<'a> {
             Self::Pause | Self::CommandThenPause(_) | Self::SignalThenPause(_) => true,
             Self::Shell { then_pause } => *then_pause,
         }
+    }
+
+    /// Does it; how long that took (milliseconds), where there was something to do.
+    pub(crate) async fn timed(
+        &mut self,
+        context: &Context,
+        sandbox: &Sandbox,
+    ) -> Result<Option<f64>, CliError> {
+        let began = Instant::now();
+        self.run(context, sandbox).await?;
+        let ms = began.elapsed().as_secs_f64() * 1e3;
+        Ok((!matches!(self, Self::Nothing | Self::Pause)).then_some(ms))
     }
 
     async fn run(&mut self, context: &Context, sandbox: &Sandbox) -> Result<(), CliError> {
@@ -119,6 +131,9 @@ fn consistent(args: &ResumeBuildArgs, json: bool) -> Result<(), CliError> {
     if args.to_build.is_some() && !may_pause && !args.shell {
         return wrong("--to-build needs a pause: --pause, --cmd-pause, --signal-pause or --shell");
     }
+    if args.in_place && !may_pause {
+        return wrong("--in-place is a way to pause: add --pause, --cmd-pause or --signal-pause");
+    }
     let pauses = may_pause || args.fph_bench || (args.shell && args.to_build.is_some());
     let run = &args.run;
     let about_a_pause = run.reclaim || run.no_scan || run.no_refs || run.fph_timeout_ms.is_some();
@@ -147,6 +162,9 @@ pub(crate) async fn run(context: &Context, args: ResumeBuildArgs) -> Result<(), 
     }
     if let (true, Some(line)) = (args.fph_bench, &args.cmd) {
         return Box::pin(fph_bench::run(context, &host, from, line, &args)).await;
+    }
+    if args.in_place {
+        return Box::pin(in_place::run(context, &host, from, task, &args)).await;
     }
     let mut times = Times::default();
     let mut iterations = Vec::new();
@@ -202,10 +220,7 @@ impl Once<'_> {
     ) -> Result<(Iteration, Option<Paused>), CliError> {
         let (context, host) = (self.context, self.host);
         let (sandbox, resume) = resume_once(context, host, self.from, self.args).await?;
-        let began = Instant::now();
-        task.run(context, &sandbox).await?;
-        let task_ms = began.elapsed().as_secs_f64() * 1e3;
-        let task_ms = (!matches!(task, Task::Nothing | Task::Pause)).then_some(task_ms);
+        let task_ms = task.timed(context, &sandbox).await?;
 
         let began = Instant::now();
         let paused = if task.pauses() {

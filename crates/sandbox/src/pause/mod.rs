@@ -16,6 +16,11 @@
 //! now is the dirty set read), the scan finds the pages that nobody needs, the memory is copied, and
 //! from the copy the build is written and committed. Only then does the VMM go.
 //!
+//! A [`checkpoint`] is the same up to the written build; then the guest goes on in its VMM, beside the
+//! commit, and the build becomes its parent: the next one stores what has changed since. What the pager
+//! knows counts from the resume still, so more pages are *looked at* than have changed; that they are
+//! the parent's is found by comparing.
+//!
 //! Failing, first way: freeze, reclaim, drain and scan are best effort. They have their own ceilings,
 //! say in the report why they did not do their work, and never fail a pause.
 //!
@@ -109,6 +114,19 @@ fn last_build_text(last_build: Option<BuildId>) -> String {
     )
 }
 
+/// The sandbox goes on, and its build is durable.
+#[derive(Debug)]
+pub struct Checkpointed {
+    /// The sandbox, running. Its parent is the new build.
+    pub sandbox: Sandbox,
+    /// The new build.
+    pub build: Build,
+    /// What the checkpoint did; its freeze window ends when the vCPUs run again.
+    pub report: PauseReport,
+    /// Why its user's processes may still be frozen, if the guest did not say otherwise.
+    pub not_thawed: Option<StepError>,
+}
+
 /// Pauses a sandbox into a new build.
 ///
 /// # Errors
@@ -118,12 +136,35 @@ pub async fn pause(
     host: &Host,
     request: PauseRequest,
 ) -> Result<Paused, PauseFailure> {
+    let written = write(sandbox, host, request).await?;
+    Ok(written.commit().await?.end().await)
+}
+
+/// Stores a sandbox as a new build and lets it go on.
+///
+/// # Errors
+/// [`PauseFailure`]: still running, without a new build; or lost. A sandbox that cannot go on after its
+/// build was written is lost, and that build is its last.
+pub async fn checkpoint(
+    sandbox: Sandbox,
+    host: &Host,
+    request: PauseRequest,
+) -> Result<Checkpointed, PauseFailure> {
+    let written = write(sandbox, host, request).await?;
+    written.go_on().await.commit().await
+}
+
+/// What a pause and a checkpoint have in common: to the build that is written and not durable.
+async fn write(
+    sandbox: Sandbox,
+    host: &Host,
+    request: PauseRequest,
+) -> Result<phases::Written, PauseFailure> {
     let running = phases::begin(sandbox, host, request).await?;
     let reclaimed = running.reclaim().await;
     let drained = reclaimed.drain().await;
     let stopped = drained.stop().await?;
     let settled = stopped.save_state().await?.settle().await?;
     let captured = settled.scan().await.capture().await?;
-    let written = captured.write().await?;
-    written.commit().await
+    captured.write().await
 }

@@ -12,7 +12,7 @@ use torpor_guest::{GuestError, ReclaimCaps, ReclaimReport, reclaim};
 use torpor_vmm::DrainReport;
 
 use super::report::{PauseReport, PauseStep, StepTime};
-use super::{PauseFailure, PauseRequest, Paused};
+use super::{Checkpointed, PauseFailure, PauseRequest, Paused};
 use crate::capture::{CapturedMemory, Changes};
 use crate::disk;
 use crate::error::StepError;
@@ -520,8 +520,32 @@ pub(super) struct Written {
 }
 
 impl Written {
-    /// Makes the build durable and visible, then lets the VMM go.
-    pub(super) async fn commit(self) -> Result<Paused, PauseFailure> {
+    /// Lets the sandbox go on, for a checkpoint: all that the build needs is copied. That the guest
+    /// cannot go on is no reason to lose what was copied, so it is told after the commit.
+    pub(super) async fn go_on(mut self) -> GoneOn {
+        let (guard, since) = begin_step(&self.course.request, PauseStep::GoOn);
+        let resumed = self.course.sandbox.resume_vcpus().await;
+        self.freeze = self.stopped_at.elapsed();
+        let thawed = match &resumed {
+            Ok(()) => self.course.sandbox.thaw(THAW_MAX).await,
+            Err(_) => Ok(()),
+        };
+        drop(guard);
+        if let Some(frozen_at) = self.course.frozen_at {
+            self.course.user_frozen = frozen_at.elapsed();
+        }
+        let failed = resumed.as_ref().err().or(thawed.as_ref().err());
+        let why = failed.map(ToString::to_string);
+        self.course.note(PauseStep::GoOn, since, why);
+        GoneOn {
+            written: self,
+            resumed,
+            not_thawed: thawed.err(),
+        }
+    }
+
+    /// Makes the build durable and visible.
+    pub(super) async fn commit(self) -> Result<Committed, PauseFailure> {
         let since = Instant::now();
         let mut report = self.report();
         let Self {
@@ -545,8 +569,11 @@ impl Written {
                 });
                 report.durable_ms = ms(stopped_at.elapsed());
                 report.total_ms = ms(course.started.elapsed());
-                course.sandbox.end().await;
-                Ok(Paused { build, report })
+                Ok(Committed {
+                    sandbox: course.sandbox,
+                    build,
+                    report,
+                })
             }
             Err(error) => Err(course.roll_back(PauseStep::Commit, error).await),
         }
@@ -575,4 +602,58 @@ impl Written {
 
 fn commit(staged: StagedBuild, info: BuildInfo) -> Result<torpor_build::Build, StepError> {
     Ok(staged.commit(info)?)
+}
+
+/// The guest goes on, or cannot; its build is not durable yet.
+pub(super) struct GoneOn {
+    written: Written,
+    resumed: Result<(), StepError>,
+    not_thawed: Option<StepError>,
+}
+
+impl GoneOn {
+    /// Makes the build durable and visible, and the sandbox's parent.
+    pub(super) async fn commit(self) -> Result<Checkpointed, PauseFailure> {
+        let Committed {
+            mut sandbox,
+            build,
+            report,
+        } = self.written.commit().await?;
+        if let Err(source) = self.resumed {
+            return Err(PauseFailure::Lost {
+                step: PauseStep::GoOn,
+                source,
+                rollback: None,
+                last_build: Some(build.id()),
+            });
+        }
+        // Without it the next pause stores more, and no less right.
+        if let Err(error) = sandbox.adopt(&build).await {
+            tracing::warn!(%error, "the next build is not made on top of this one");
+        }
+        Ok(Checkpointed {
+            sandbox,
+            build,
+            report,
+            not_thawed: self.not_thawed,
+        })
+    }
+}
+
+/// The build is durable.
+pub(super) struct Committed {
+    sandbox: Sandbox,
+    build: torpor_build::Build,
+    report: PauseReport,
+}
+
+impl Committed {
+    /// Lets the VMM go.
+    pub(super) async fn end(self) -> Paused {
+        self.sandbox.end().await;
+        Paused {
+            build: self.build,
+            report: self.report,
+        }
+    }
 }

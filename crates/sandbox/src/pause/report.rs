@@ -36,6 +36,8 @@ pub enum PauseStep {
     WriteMemory,
     /// The writable disk is compared, compressed and written.
     WriteDisk,
+    /// The vCPUs run again and the user's processes thaw: a checkpoint only.
+    GoOn,
     /// Everything is made durable, and the build appears.
     Commit,
 }
@@ -57,6 +59,7 @@ impl PauseStep {
             Self::CaptureMemory => "capture_memory",
             Self::WriteMemory => "write_memory",
             Self::WriteDisk => "write_disk",
+            Self::GoOn => "go_on",
             Self::Commit => "commit",
         }
     }
@@ -77,6 +80,7 @@ impl PauseStep {
             Self::CaptureMemory => "capture memory",
             Self::WriteMemory => "write memory",
             Self::WriteDisk => "write disk",
+            Self::GoOn => "let the sandbox go on",
             Self::Commit => "commit",
         }
     }
