@@ -330,7 +330,49 @@ fn pauses(place: &Place) -> String {
     for id in [second, id_of(&third, "to_build")] {
         place.succeeds(&["delete-build", &id]);
     }
+    in_place(place, to);
     to.to_owned()
+}
+
+/// Two builds of one VM that goes on, each on top of the one before.
+fn in_place(place: &Place, from: &str) {
+    let stored = place.json(&[
+        "resume-build",
+        "--from-build",
+        from,
+        "--cmd-pause",
+        "echo again >> /root/in-place; head -c 8000000 /dev/urandom > /dev/shm/$(date +%s%N)",
+        "--in-place",
+        "--iterations",
+        "2",
+        "--json",
+    ]);
+    let checkpoints = stored["checkpoints"].as_array().unwrap();
+    let ids: Vec<_> = checkpoints.iter().map(|one| id_of(one, "build")).collect();
+    for (number, id) in ids.iter().enumerate() {
+        let cmd = [
+            "resume-build",
+            "--from-build",
+            id,
+            "--cmd",
+            "cat /root/in-place",
+        ];
+        let done = place.succeeds(&cmd);
+        let said = "again\n".repeat(number + 1);
+        assert!(done.stdout.starts_with(&said), "{}", done.stdout);
+        assert_eq!(done.stdout.matches("again").count(), number + 1);
+        let bytes = checkpoints[number]["pause"]["memory"]["raw_bytes"].as_u64();
+        let bytes = bytes.unwrap();
+        assert!(
+            (8_000_000..16_000_000).contains(&bytes),
+            "{bytes}: only what is new"
+        );
+    }
+    let done = place.run(&["resume-build", "--from-build", from, "--in-place"]);
+    assert_eq!(done.code, 2, "{}", done.stderr);
+    for id in ids.iter().rev() {
+        place.succeeds(&["delete-build", id]);
+    }
 }
 
 /// What a guest's memory is made of: of a build, and of a sandbox that runs in another process.
