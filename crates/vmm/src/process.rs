@@ -20,6 +20,7 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
+use std::future::Future;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -117,6 +118,12 @@ impl Process {
 
     pub(crate) fn exited(&self) -> Option<VmmExit> {
         self.exit.borrow().clone()
+    }
+
+    /// Waits until it has ended; needs this no longer.
+    pub(crate) fn ended(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut exit = self.exit.clone();
+        async move { exit.wait_for(Option::is_some).await.map_or((), drop) }
     }
 
     pub(crate) async fn wait_exit(&self) -> VmmExit {

@@ -124,7 +124,7 @@ impl IncomingFirecracker {
         };
         match self
             .instance
-            .explain("/snapshot/load", async { outcome })
+            .explain("load the device state", async { outcome })
             .await
         {
             Ok(()) => no_load("it asked nobody for its memory".to_owned()),

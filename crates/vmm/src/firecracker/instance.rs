@@ -180,7 +180,8 @@ impl Instance {
 
     /// Makes the channel to the guest's agent, and begins to try for it when the vCPUs run.
     pub(super) fn open_agent_channel(&self, running: bool) -> Result<()> {
-        let opened = channel::open(self.dir.socket(names::VSOCK), running);
+        let vsock = self.dir.socket(names::VSOCK);
+        let opened = channel::open(vsock, running, self.process.ended());
         let (agent, carrier) = opened.map_err(|source| VmmError::Host {
             what: "make the agent's channel",
             source,
@@ -208,8 +209,11 @@ impl Instance {
 
     /// Sets something before the start.
     pub(super) async fn put(&self, path: &'static str, body: &Value) -> Result<()> {
-        self.explain(path, self.api.put(path, body, REQUEST_DEADLINE))
-            .await
+        self.explain(
+            "set up the machine",
+            self.api.put(path, body, REQUEST_DEADLINE),
+        )
+        .await
     }
 
     /// Lets the vCPUs run or stand still.
@@ -217,13 +221,16 @@ impl Instance {
         let state = if running { "Resumed" } else { "Paused" };
         let body = json!({ "state": state });
         let request = self.api.patch("/vm", Some(&body), REQUEST_DEADLINE);
-        self.explain("/vm", request).await
+        self.explain("stop or resume the vCPUs", request).await
     }
 
     /// `Running`, `Paused` or `Not started`.
     pub(super) async fn state(&self) -> Result<String> {
         let info = self.api.get::<InstanceInfo>("/", REQUEST_DEADLINE);
-        Ok(self.explain("/", info).await?.state)
+        Ok(self
+            .explain("look at the machine's state", info)
+            .await?
+            .state)
     }
 
     /// Does `work`; a Firecracker that died meanwhile is reported as such, with what it said.

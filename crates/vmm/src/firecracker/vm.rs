@@ -84,7 +84,7 @@ pub async fn boot(
         machine.free_page_reporting,
         REQUEST_DEADLINE,
     );
-    let balloon = instance.explain("/balloon", balloon).await?;
+    let balloon = instance.explain("install the balloon", balloon).await?;
     instance
         .put("/actions", &json!({ "action_type": "InstanceStart" }))
         .await?;
@@ -135,7 +135,7 @@ impl FirecrackerVm {
         });
         let api = &self.instance.api;
         let save = api.put("/snapshot/create", &body, REQUEST_DEADLINE);
-        let saved = self.instance.explain("/snapshot/create", save).await;
+        let saved = self.instance.explain("save the device state", save).await;
         let reason = match saved {
             Err(VmmError::Api {
                 source: ApiError::Refused { fault_message, .. },

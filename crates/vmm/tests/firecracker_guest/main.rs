@@ -13,6 +13,7 @@
 )]
 
 mod checkpoint;
+mod failures;
 mod lab;
 #[path = "../support/mod.rs"]
 mod support;
