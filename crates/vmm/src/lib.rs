@@ -28,6 +28,7 @@
 compile_error!("torpor runs on x86-64 Linux only: injection and the guest kernel depend on it");
 
 mod changes;
+mod confinement;
 mod console;
 mod error;
 pub mod firecracker;

@@ -68,13 +68,7 @@ pub async fn boot(
     console_log: &Path,
 ) -> Result<(Box<dyn Vmm>, InstalledBalloon)> {
     let requests = config::requests(machine, boot)?;
-    let instance = Instance::start(binary, machine, dir, console_log).await?;
-    instance.dir.link("kernel", &boot.kernel, names::KERNEL)?;
-    if let Some(initramfs) = &boot.initramfs {
-        instance
-            .dir
-            .link("initramfs", initramfs, names::INITRAMFS)?;
-    }
+    let instance = Instance::start(binary, machine, Some(boot), dir, console_log).await?;
     for (path, body) in &requests {
         instance.put(path, body).await?;
     }

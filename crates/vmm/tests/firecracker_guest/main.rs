@@ -14,6 +14,7 @@
 
 mod checkpoint;
 mod failures;
+mod jailed;
 mod lab;
 #[path = "../support/mod.rs"]
 mod support;
@@ -26,6 +27,7 @@ use torpor_pager::Pager;
 use torpor_vmm::{DrainOutcome, VmmError};
 
 use lab::{Image, Lab, binary, capture, drain, mib, reclaim};
+use support::GUEST_DEADLINE;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_booted_guest_has_its_drives_its_channel_and_its_random_numbers() {
@@ -107,6 +109,32 @@ async fn a_drain_gets_free_memory_back_ten_times_in_a_row() {
     let report = drain(&guest, None, Duration::from_secs(60)).await;
     assert_eq!(report.outcome, DrainOutcome::Done);
     assert_eq!(guest.ask("kept").await, kept);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drained_guest_stores_less_whether_it_zeroes_what_it_allocates_or_not() {
+    let Some(binary) = binary() else { return };
+    for init_on_alloc in [0, 1] {
+        let lab = Lab::new(binary.clone());
+        let words = format!("init_on_alloc={init_on_alloc}");
+        println!("{words}");
+        let (mut guest, _) = lab.boot(false, &words).await;
+        guest.ask("churn 64").await;
+        reclaim(&mut guest).await;
+        let mut stored = Vec::new();
+        for drained in [false, true] {
+            if drained {
+                let report = drain(&guest, None, GUEST_DEADLINE).await;
+                assert_eq!(report.outcome, DrainOutcome::Done);
+            }
+            guest.vm.stop_vcpus().await.unwrap();
+            guest.vm.save_state().await.unwrap();
+            stored.push(capture(&*guest.vm, None).stored_mib());
+            guest.vm.resume_vcpus().await.unwrap();
+        }
+        println!("stored MiB without and with the drain: {stored:?}");
+        assert!(stored[1] + 32 <= stored[0], "{stored:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
