@@ -119,7 +119,7 @@ impl PageSet {
     }
 
     /// Keeps what another set of the same guest holds as well.
-    pub(crate) fn intersect(&mut self, other: &Self) {
+    pub fn intersect(&mut self, other: &Self) {
         self.combine(other, |mine, theirs| mine & theirs);
     }
 

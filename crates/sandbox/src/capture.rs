@@ -13,6 +13,8 @@
 //!   is in use), *removed* beats the parent, everything else is as the parent has it. That a
 //!   page of a lazily resumed guest is absent means nothing by itself.
 
+use std::ops::Range;
+
 use memmap2::MmapMut;
 use torpor_build::{LayerWriter, PAGE_SIZE, PageContent, PageRun};
 use torpor_vmm::GuestReader;
@@ -266,12 +268,16 @@ impl CapturedMemory {
 /// # Errors
 /// What the system says.
 pub(crate) fn present_pages(memory: &GuestReader) -> std::io::Result<Vec<PageRun>> {
+    Ok(memory.present()?.iter().map(page_run).collect())
+}
+
+/// A stretch of whole pages in bytes, in pages.
+pub(crate) fn page_run(bytes: &Range<u64>) -> PageRun {
     let page = PAGE_SIZE as u64;
-    let runs = memory.present()?.into_iter().map(|bytes| PageRun {
+    PageRun {
         first_page: bytes.start / page,
         pages: (bytes.end - bytes.start) / page,
-    });
-    Ok(runs.collect())
+    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::io::Interest;
@@ -23,10 +23,10 @@ use torpor_build::{
 };
 use torpor_guest::Envd;
 use torpor_pager::{FailureSignal, PageSet, Pager, PagerFailure, PagerStats};
-use torpor_vmm::{DrainReport, GuestReader, Vmm};
+use torpor_vmm::{ChangeTracker, DrainReport, GuestReader, Vmm};
 
 use crate::answer::first_answer;
-use crate::capture::{CapturePlan, CapturedMemory, Changes, present_pages};
+use crate::capture::{CapturePlan, CapturedMemory, Changes, page_run, present_pages};
 use crate::error::{StartError, StepError};
 use crate::host::Patience;
 use crate::inspect::{LAYOUT_KEY, MemoryLayout, RunRecord, started_at};
@@ -131,10 +131,15 @@ struct Body {
     reader: Arc<GuestReader>,
     base_image: Arc<BaseImage>,
     parent: Option<Parent>,
+    since_parent: Option<SharedTracker>,
     spec: GuestSpec,
     name: Name,
     run_dir: RunDir,
 }
+
+/// What has changed since a checkpoint, by the host kernel's word: fewer pages to look at than since
+/// the resume. Only of memory that is private to its VMM.
+pub(crate) type SharedTracker = Arc<Mutex<ChangeTracker>>;
 
 /// A running sandbox. Dropping it kills the VMM and removes what it needed to run.
 pub struct Sandbox {
@@ -169,6 +174,7 @@ impl Starting {
             reader: Arc::new(parts.reader),
             base_image: parts.base_image,
             parent: parts.parent,
+            since_parent: None,
             spec: parts.spec,
             name: parts.name,
             run_dir: parts.run_dir,
@@ -276,12 +282,22 @@ impl Sandbox {
 
     /// What has become of a stopped guest's memory since its parent build. The pager settles first.
     pub(crate) async fn changes(&self, settle_max: Duration) -> Result<Changes, StepError> {
+        let since_parent = self.body.since_parent.clone();
+        let touched = move || since_parent.as_deref().map(touched_since).transpose();
         match &self.body.memory {
             Memory::Lazy(pager) => {
                 let pager = Arc::clone(pager);
                 background(move || {
                     pager.settle(settle_max)?;
-                    let dirty = pager.dirty()?;
+                    let mut dirty = pager.dirty()?;
+                    if let Some((touched, _)) = touched()? {
+                        let mut since =
+                            PageSet::with_capacity_pages(dirty.written.capacity_pages());
+                        touched
+                            .iter()
+                            .for_each(|run| since.insert_run(pager_run(run)));
+                        dirty.written.intersect(&since);
+                    }
                     let runs = |set: &PageSet| set.runs().map(build_run).collect();
                     Ok(Changes::tracked(runs(&dirty.written), runs(&dirty.removed)))
                 })
@@ -289,10 +305,34 @@ impl Sandbox {
             }
             Memory::Booted | Memory::Eager => {
                 let reader = Arc::clone(&self.body.reader);
-                let present = background(move || present_pages(&reader).map_err(StepError::Memory));
-                Ok(Changes::present(present.await?))
+                background(move || match touched()? {
+                    Some((touched, gone)) => Ok(Changes::tracked(touched, gone)),
+                    None => {
+                        let present = present_pages(&reader).map_err(StepError::Memory)?;
+                        Ok(Changes::present(present))
+                    }
+                })
+                .await
             }
         }
+    }
+
+    /// Counts changes from here on, where the host's kernel can: for [`Sandbox::adopt`], once the build
+    /// of this moment is durable. The vCPUs must stand still. Until then all that was known counts.
+    pub(crate) async fn mark(&mut self) -> Option<SharedTracker> {
+        let (before, vmm) = (self.body.since_parent.take(), Arc::clone(&self.body.vmm));
+        let marked = background(move || {
+            let Some(tracker) = before else {
+                let tracker = ChangeTracker::start(&vmm.memory()?)?;
+                return Ok(tracker.map(|tracker| Arc::new(Mutex::new(tracker))));
+            };
+            lock(&tracker).mark()?;
+            Ok(Some(tracker))
+        });
+        marked.await.unwrap_or_else(|error| {
+            tracing::info!(%error, "what changes from here on is not tracked");
+            None
+        })
     }
 
     /// What a pause would leave out if it scanned this guest now: for measuring and for tests. The
@@ -378,11 +418,16 @@ impl Sandbox {
         }
     }
 
-    /// Makes a build that was just taken of this sandbox its parent.
-    pub(crate) async fn adopt(&mut self, build: &Build) -> Result<(), StepError> {
+    /// Makes a build that was taken of this sandbox at `mark` its parent.
+    pub(crate) async fn adopt(
+        &mut self,
+        build: &Build,
+        mark: Option<SharedTracker>,
+    ) -> Result<(), StepError> {
         let build = build.clone();
         let parent = background(move || Ok(Parent::open(build)?));
         self.body.parent = Some(parent.await?);
+        self.body.since_parent = mark;
         Ok(())
     }
 
@@ -428,6 +473,19 @@ impl Sandbox {
             tracing::warn!(sandbox = %self.body.name, %error, "the VMM does not go");
         }
     }
+}
+
+fn lock(tracker: &Mutex<ChangeTracker>) -> MutexGuard<'_, ChangeTracker> {
+    tracker.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Pages that were touched and that are gone since the mark.
+fn touched_since(
+    tracker: &Mutex<ChangeTracker>,
+) -> Result<(Vec<PageRun>, Vec<PageRun>), StepError> {
+    let changes = lock(tracker).changes()?;
+    let pages = |runs: &[_]| runs.iter().map(page_run).collect();
+    Ok((pages(&changes.touched), pages(&changes.gone)))
 }
 
 pub(crate) fn build_run(run: torpor_pager::PageRun) -> PageRun {

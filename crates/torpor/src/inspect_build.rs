@@ -36,6 +36,7 @@ struct One {
     disk_bytes: u64,
     network: bool,
     free_page_reporting: bool,
+    free_page_hinting: bool,
     base_image: Option<String>,
     kernel: Option<String>,
     working_set_bytes: u64,
@@ -134,6 +135,7 @@ fn one(build: &Build) -> Result<One, CliError> {
         disk_bytes: info.disk_bytes,
         network: info.network,
         free_page_reporting: info.balloon.reporting,
+        free_page_hinting: info.balloon.hinting,
         base_image: info.base_image.map(|digest| digest.to_string()),
         kernel: info.kernel.map(|digest| digest.to_string()),
         working_set_bytes: working_set.saturating_mul(PAGE_SIZE as u64),
@@ -176,13 +178,14 @@ fn one_text(build: &One) -> String {
     let template = build.template.as_ref().map_or("none", |name| name.as_str());
     let head = format!(
         "build {}\n  created {}, parent {parent}, template {template}\n  {}, {} vCPU, network {}, \
-         page reporting {}\n  working set of the resume before: {}",
+         page reporting {}, hinting {}\n  working set of the resume before: {}",
         build.id,
         build.created,
         build.vmm,
         build.vcpus,
         on_off(build.network),
         on_off(build.free_page_reporting),
+        on_off(build.free_page_hinting),
         mib(build.working_set_bytes),
     );
     let images: Vec<_> = [("memory", &build.stats.memory), ("disk", &build.stats.disk)]

@@ -7,6 +7,7 @@
 //! | `config` | machine → requests, pure; the device layout |
 //! | `api` | requests with deadlines |
 //! | `instance` | process + directory + API |
+//! | `jail` | a Firecracker that is locked up |
 //! | `channel` | the agent's channel, by vsock |
 //! | `balloon` | what is installed, what refusals mean |
 //! | `drain` | getting the guest's free pages back |
@@ -27,6 +28,7 @@ mod drain;
 mod handshake;
 mod incoming;
 mod instance;
+mod jail;
 mod memory;
 mod vm;
 
@@ -37,4 +39,5 @@ pub use config::{AGENT_VSOCK_PORT, kernel_command_line};
 pub use drain::{HeldBytes, drain_balloon};
 pub use handshake::Handshake;
 pub use incoming::{IncomingFirecracker, prepare_resume};
+pub use jail::Jail;
 pub use vm::boot;

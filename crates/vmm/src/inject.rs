@@ -95,6 +95,15 @@ pub(crate) fn userfaultfd_of(
     })
 }
 
+/// Has the kernel kill the process when the thread that started it ends.
+///
+/// # Errors
+/// The process cannot be traced.
+pub(crate) fn set_parent_death_signal(pid: u32, pidfd: BorrowedFd<'_>) -> Result<(), InjectError> {
+    let args = [unsigned(libc::PR_SET_PDEATHSIG), unsigned(libc::SIGKILL), 0];
+    inject(pid, pidfd, &Call::new("prctl", libc::SYS_prctl, args)).map(drop)
+}
+
 fn forbidden(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOSYS))
 }

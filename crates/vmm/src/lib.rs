@@ -27,6 +27,8 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("torpor runs on x86-64 Linux only: injection and the guest kernel depend on it");
 
+mod changes;
+mod confinement;
 mod console;
 mod error;
 pub mod firecracker;
@@ -41,6 +43,7 @@ mod reader;
 mod version;
 mod vmm;
 
+pub use changes::{ChangeTracker, Changes};
 pub use error::{IdentityMismatch, InjectError, Result, VmmError};
 pub use hold::HeldVmm;
 pub use host::{KvmSupport, host_tsc_khz};

@@ -20,12 +20,14 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
+use std::fs::File;
+use std::future::Future;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -34,9 +36,10 @@ use command_fds::{CommandFdExt, FdMapping};
 use rustix::event::{PollFd, PollFlags, poll};
 use tokio::sync::{oneshot, watch};
 
+use crate::confinement::{BindMount, Confinement, enter_pid_namespace, mount_files};
 use crate::console::ConsoleLog;
-use crate::error::{Result, VmmError};
-use crate::inject::open_pidfd;
+use crate::error::{InjectError, Result, VmmError};
+use crate::inject::{open_pidfd, set_parent_death_signal};
 use crate::vmm::VmmExit;
 
 /// How much of a VMM's standard error is kept: its last lines explain an exit, and a VMM that
@@ -68,6 +71,8 @@ pub(crate) struct Spawn {
     /// Our end of the guest's serial console.
     pub(crate) console: UnixStream,
     pub(crate) console_log: ConsoleLog,
+    /// What it is locked up in, if it is.
+    pub(crate) confinement: Option<Confinement>,
 }
 
 /// A VMM that was started. Dropping it kills it; the warden reaps it.
@@ -111,12 +116,23 @@ impl Process {
         self.pid
     }
 
+    /// Has the kernel kill it when its warden ends: for one that forgot it by changing its user.
+    pub(crate) fn die_with_us(&self) -> std::result::Result<(), InjectError> {
+        set_parent_death_signal(self.pid, self.pidfd.as_fd())
+    }
+
     pub(crate) fn pidfd(&self) -> &Arc<OwnedFd> {
         &self.pidfd
     }
 
     pub(crate) fn exited(&self) -> Option<VmmExit> {
         self.exit.borrow().clone()
+    }
+
+    /// Waits until it has ended; needs this no longer.
+    pub(crate) fn ended(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut exit = self.exit.clone();
+        async move { exit.wait_for(Option::is_some).await.map_or((), drop) }
     }
 
     pub(crate) async fn wait_exit(&self) -> VmmExit {
@@ -175,8 +191,14 @@ fn warden(spawn: Spawn, started: oneshot::Sender<Started>, exit: &watch::Sender<
         stdout,
         console,
         console_log,
+        confinement,
     } = spawn;
-    let mut child = match start(&program, args, &dir, fds, stdout) {
+    let (mut mounts, mut ours, mut theirs, mut cgroup) = (None, None, None, None);
+    if let Some(confined) = confinement {
+        (mounts, cgroup) = (Some(confined.mounts), Some(confined.cgroup));
+        (ours, theirs) = (Some(confined.stderr.0), Some(confined.stderr.1));
+    }
+    let mut child = match start(&program, args, &dir, fds, (stdout, theirs), mounts) {
         Ok(child) => child,
         Err(e) => {
             // A caller that went away needs no answer.
@@ -197,9 +219,12 @@ fn warden(spawn: Spawn, started: oneshot::Sender<Started>, exit: &watch::Sender<
         end(&mut child);
         return;
     }
-    let stderr = child.stderr.take();
+    let piped = child.stderr.take().map(OwnedFd::from);
+    let stderr = ours.or(piped).map(File::from);
     let stderr_tail = watch_over(&pidfd, stderr, console, console_log);
     let status = child.wait();
+    // Only an empty one can be taken away.
+    drop(cgroup);
     exit.send_replace(Some(describe(status, stderr_tail)));
 }
 
@@ -215,7 +240,8 @@ fn start(
     args: Vec<OsString>,
     dir: &Path,
     fds: Vec<(i32, OwnedFd)>,
-    stdout: Option<OwnedFd>,
+    (stdout, stderr): (Option<OwnedFd>, Option<OwnedFd>),
+    lock_up: Option<Vec<BindMount>>,
 ) -> io::Result<Child> {
     let highest_fd = fds.iter().map(|(number, _)| *number).fold(2, i32::max);
     let mappings = fds
@@ -232,25 +258,31 @@ fn start(
         .current_dir(dir)
         .stdin(Stdio::null())
         .stdout(stdout.map_or_else(Stdio::null, Stdio::from))
-        .stderr(Stdio::piped());
+        .stderr(stderr.map_or_else(Stdio::piped, Stdio::from));
     command
         .fd_mappings(mappings)
         .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
     let parent = std::process::id();
+    if lock_up.is_some() {
+        enter_pid_namespace()?;
+    }
     // SAFETY: the closure runs between fork and exec and only makes system calls; it takes no
     // lock and allocates nothing. It runs after the closure of `fd_mappings`, which was
     // registered before it.
-    unsafe { command.pre_exec(move || before_exec(parent, highest_fd)) };
+    unsafe { command.pre_exec(move || before_exec(parent, highest_fd, lock_up.as_deref())) };
     command.spawn()
 }
 
 /// What the child does for itself, with system calls only.
-fn before_exec(parent: u32, highest_fd: i32) -> io::Result<()> {
+fn before_exec(parent: u32, highest_fd: i32, lock_up: Option<&[BindMount]>) -> io::Result<()> {
     rustix::process::setsid()?;
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-    // The parent may have died before the line above: then nobody would ever kill us.
+    // The parent may have died before the line above: then nobody would ever kill us. From within a
+    // process-id namespace it cannot be seen; who asked for one looks after that.
     let parent_now = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
-    if parent_now != i32::try_from(parent).ok() {
+    if let Some(mounts) = lock_up {
+        mount_files(mounts)?;
+    } else if parent_now != i32::try_from(parent).ok() {
         return Err(io::ErrorKind::NotConnected.into());
     }
     // Rust marks its descriptors close-on-exec; a C library in this process may not. A child
@@ -276,7 +308,7 @@ fn before_exec(parent: u32, highest_fd: i32) -> io::Result<()> {
 /// the end of what it said.
 fn watch_over(
     pidfd: &OwnedFd,
-    stderr: Option<ChildStderr>,
+    stderr: Option<File>,
     console: UnixStream,
     mut log: ConsoleLog,
 ) -> String {
@@ -303,7 +335,7 @@ fn watch_over(
 /// Sleeps until there is something to read, or the process has ended (true).
 fn wait_for_something(
     pidfd: &OwnedFd,
-    stderr: Option<&ChildStderr>,
+    stderr: Option<&File>,
     console: Option<&UnixStream>,
 ) -> bool {
     let mut fds = vec![PollFd::new(pidfd, PollFlags::IN)];

@@ -17,11 +17,12 @@ use rustix::fs::{SeekFrom, seek};
 use crate::error::{Result, VmmError};
 use crate::memory::{GuestMemory, MemoryMapping, allocated_bytes};
 
-const PAGE_BYTES: u64 = 4096;
-/// Bit 63 of a pagemap entry: present; bit 62: swapped out
-/// (Documentation/admin-guide/mm/pagemap.rst).
-const ENTRY_THERE: u64 = 3 << 62;
-const ENTRY_BYTES: u64 = 8;
+pub(crate) const PAGE_BYTES: u64 = 4096;
+/// Bit 63 of a pagemap entry: present (Documentation/admin-guide/mm/pagemap.rst).
+pub(crate) const ENTRY_PRESENT: u64 = 1 << 63;
+/// Present, or swapped out (bit 62).
+pub(crate) const ENTRY_THERE: u64 = 3 << 62;
+pub(crate) const ENTRY_BYTES: u64 = 8;
 /// Entries that are read at once: 64 KiB of them speak of 32 MiB of memory.
 const ENTRIES_PER_READ: u64 = 8192;
 /// Entries that are read for one look at a place: those of a MiB, which is what is read at once.
@@ -146,8 +147,9 @@ impl GuestReader {
             Self::Process {
                 pagemap, mappings, ..
             } => {
+                let there = |entry| entry & ENTRY_THERE != 0;
                 for mapping in mappings {
-                    present_in_mapping(pagemap, mapping, &mut runs)?;
+                    pages_where(pagemap, mapping, &there, &mut runs)?;
                 }
             }
         }
@@ -194,7 +196,7 @@ fn host_addr(mappings: &[MemoryMapping], guest_offset: u64) -> io::Result<(u64, 
 
 /// Runs in order; one that touches the last makes it longer.
 #[derive(Debug, Default)]
-struct Runs(Vec<Range<u64>>);
+pub(crate) struct Runs(pub(crate) Vec<Range<u64>>);
 
 impl Runs {
     fn add(&mut self, start: u64, end: u64) {
@@ -257,7 +259,13 @@ fn held_in_process(
     Ok((held, (first + same as u64 * PAGE_BYTES).min(end)))
 }
 
-fn present_in_mapping(pagemap: &File, mapping: &MemoryMapping, runs: &mut Runs) -> io::Result<()> {
+/// Adds the pages of a mapping whose entry in its process's pagemap is a wanted one.
+pub(crate) fn pages_where(
+    pagemap: &File,
+    mapping: &MemoryMapping,
+    wanted: &dyn Fn(u64) -> bool,
+    runs: &mut Runs,
+) -> io::Result<()> {
     let pages = mapping.len_bytes / PAGE_BYTES;
     let first_entry = mapping.host_addr / PAGE_BYTES * ENTRY_BYTES;
     let mut buf = vec![0; usize::try_from(ENTRIES_PER_READ * ENTRY_BYTES).unwrap_or(0)];
@@ -269,7 +277,7 @@ fn present_in_mapping(pagemap: &File, mapping: &MemoryMapping, runs: &mut Runs) 
         pagemap.read_exact_at(buf, first_entry + page * ENTRY_BYTES)?;
         let (words, _) = buf.as_chunks::<8>();
         for (word, page) in words.iter().zip(page..) {
-            if u64::from_le_bytes(*word) & ENTRY_THERE != 0 {
+            if wanted(u64::from_le_bytes(*word)) {
                 let start = mapping.guest_offset_bytes + page * PAGE_BYTES;
                 runs.add(start, start + PAGE_BYTES);
             }

@@ -18,8 +18,9 @@
 //!
 //! A [`checkpoint`] is the same up to the written build; then the guest goes on in its VMM, beside the
 //! commit, and the build becomes its parent: the next one stores what has changed since. What the pager
-//! knows counts from the resume still, so more pages are *looked at* than have changed; that they are
-//! the parent's is found by comparing.
+//! knows counts from the resume still; of a VMM's private memory the host's kernel tells what changed
+//! since the checkpoint (`ChangeTracker`). Either way more pages are *looked at* than have changed: that
+//! they are the parent's is found by comparing.
 //!
 //! Failing, first way: freeze, reclaim, drain and scan are best effort. They have their own ceilings,
 //! say in the report why they did not do their work, and never fail a pause.

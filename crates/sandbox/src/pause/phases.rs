@@ -18,7 +18,7 @@ use crate::disk;
 use crate::error::StepError;
 use crate::host::Host;
 use crate::progress::StepGuard;
-use crate::sandbox::{Parent, Sandbox, background};
+use crate::sandbox::{Parent, Sandbox, SharedTracker, background};
 use crate::scan::{Permission, ScanReport};
 
 /// Longest wait for the user's processes to freeze. The freezer waits for system calls under way;
@@ -524,6 +524,7 @@ impl Written {
     /// cannot go on is no reason to lose what was copied, so it is told after the commit.
     pub(super) async fn go_on(mut self) -> GoneOn {
         let (guard, since) = begin_step(&self.course.request, PauseStep::GoOn);
+        let mark = self.course.sandbox.mark().await;
         let resumed = self.course.sandbox.resume_vcpus().await;
         self.freeze = self.stopped_at.elapsed();
         let thawed = match &resumed {
@@ -539,6 +540,7 @@ impl Written {
         self.course.note(PauseStep::GoOn, since, why);
         GoneOn {
             written: self,
+            mark,
             resumed,
             not_thawed: thawed.err(),
         }
@@ -607,6 +609,7 @@ fn commit(staged: StagedBuild, info: BuildInfo) -> Result<torpor_build::Build, S
 /// The guest goes on, or cannot; its build is not durable yet.
 pub(super) struct GoneOn {
     written: Written,
+    mark: Option<SharedTracker>,
     resumed: Result<(), StepError>,
     not_thawed: Option<StepError>,
 }
@@ -628,7 +631,7 @@ impl GoneOn {
             });
         }
         // Without it the next pause stores more, and no less right.
-        if let Err(error) = sandbox.adopt(&build).await {
+        if let Err(error) = sandbox.adopt(&build, self.mark).await {
             tracing::warn!(%error, "the next build is not made on top of this one");
         }
         Ok(Checkpointed {

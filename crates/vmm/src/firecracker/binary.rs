@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, VmmError};
+use crate::firecracker::jail::Jail;
 use crate::machine::{Accel, VmmIdentity};
 use crate::version::ask_version;
 
@@ -72,6 +73,8 @@ pub struct FirecrackerBinary {
     pub version: Version,
     /// Its version as it spells it (`1.17.0-dev`): what an identity records.
     pub release: String,
+    /// How its machines are locked up, if they are: for the caller to set.
+    pub jail: Option<Jail>,
 }
 
 impl FirecrackerBinary {
@@ -112,6 +115,7 @@ impl FirecrackerBinary {
             path,
             version,
             release,
+            jail: None,
         })
     }
 

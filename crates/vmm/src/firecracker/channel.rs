@@ -16,6 +16,7 @@
 //! connected to again as well: bytes that were under way are lost then, and who misses an answer must
 //! open the channel anew.
 
+use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -59,18 +60,36 @@ impl Carrier {
     }
 }
 
-/// Makes the channel: our end of it, and what carries the other.
-pub(super) fn open(vsock: PathBuf, reachable: bool) -> io::Result<(UnixStream, Carrier)> {
+/// Makes the channel: our end of it, and what carries the other. It closes when Firecracker has ended.
+pub(super) fn open(
+    vsock: PathBuf,
+    reachable: bool,
+    ended: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<(UnixStream, Carrier)> {
     let (ours, theirs) = UnixStream::pair()?;
     let (reachable, watched) = watch::channel(reachable);
-    let task = tokio::spawn(carry(theirs, vsock, watched));
+    let task = tokio::spawn(carry(theirs, vsock, watched, ended));
     Ok((ours, Carrier { task, reachable }))
 }
 
 /// Until our end is closed, or the carrier dropped.
-async fn carry(mut theirs: UnixStream, vsock: PathBuf, mut reachable: watch::Receiver<bool>) {
+async fn carry(
+    mut theirs: UnixStream,
+    vsock: PathBuf,
+    mut reachable: watch::Receiver<bool>,
+    ended: impl Future<Output = ()>,
+) {
     let (mut from_us, mut to_us) = theirs.split();
-    while reachable.wait_for(|reachable| *reachable).await.is_ok() {
+    tokio::pin!(ended);
+    loop {
+        // Later its end shows by the connection, after all that it said.
+        let go_on = tokio::select! {
+            reachable = reachable.wait_for(|reachable| *reachable) => reachable.is_ok(),
+            () = &mut ended => false,
+        };
+        if !go_on {
+            return;
+        }
         let Some(mut guest) = connect(&vsock).await else {
             return;
         };
@@ -124,6 +143,8 @@ async fn try_connect(vsock: &Path) -> io::Result<UnixStream> {
 
 #[cfg(test)]
 mod tests {
+    use std::future::{pending, ready};
+
     use super::*;
     use tokio::io::{AsyncBufReadExt, BufReader};
     use tokio::net::UnixListener;
@@ -132,7 +153,7 @@ mod tests {
     async fn the_guest_is_tried_until_its_agent_listens_and_nothing_is_lost() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vsock.sock");
-        let (mut ours, carrier) = open(path.clone(), true).unwrap();
+        let (mut ours, carrier) = open(path.clone(), true, pending()).unwrap();
         ours.write_all(b"said early\n").await.unwrap();
 
         let listener = UnixListener::bind(&path).unwrap();
@@ -175,7 +196,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vsock.sock");
         drop(UnixListener::bind(&path).unwrap());
-        let (mut ours, _carrier) = open(path, true).unwrap();
+        let (mut ours, _carrier) = open(path.clone(), true, pending()).unwrap();
+        assert_eq!(ours.read(&mut [0; 1]).await.unwrap(), 0);
+
+        // One that ends while its guest stands still.
+        let (mut ours, _carrier) = open(path, false, ready(())).unwrap();
         assert_eq!(ours.read(&mut [0; 1]).await.unwrap(), 0);
     }
 

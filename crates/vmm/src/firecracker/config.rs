@@ -33,6 +33,7 @@ pub(super) mod names {
     pub(in crate::firecracker) const KERNEL: &str = "kernel";
     pub(in crate::firecracker) const INITRAMFS: &str = "initramfs";
     pub(in crate::firecracker) const STATE: &str = "vmstate";
+    pub(in crate::firecracker) const LOG: &str = "log";
     pub(in crate::firecracker) const PAGER_SOCKET: &str = "pager.sock";
 }
 
@@ -49,13 +50,16 @@ const NEXT_HOLE_START: u64 = 256 << 30;
 /// The most vCPUs (`MAX_SUPPORTED_VCPUS`).
 const VCPUS_MAX: u32 = 32;
 
-/// Firecracker's arguments. Its log goes to standard error: standard output is the guest's.
-pub(super) fn arguments() -> Vec<OsString> {
+/// Standard error, where there is a /proc.
+pub(super) const STANDARD_ERROR: &str = "/proc/self/fd/2";
+
+/// Firecracker's arguments. Its log must not go to standard output, which is the guest's.
+pub(super) fn arguments(log_path: &str) -> Vec<OsString> {
     let words = [
         "--api-sock",
         names::API_SOCKET,
         "--log-path",
-        "/proc/self/fd/2",
+        log_path,
         "--level",
         "Warn",
     ];

@@ -57,7 +57,11 @@ pub async fn drain_balloon(
         run(api, started + ceiling).await
     };
     let held_bytes = held();
-    let fallen = held_before.saturating_sub(held_bytes);
+    // A guest that holds nothing is gone, and has given nothing back.
+    let fallen = match held_bytes {
+        0 => 0,
+        held_bytes => held_before.saturating_sub(held_bytes),
+    };
     let discarded_bytes = discarded
         .map(|count| count())
         .zip(discarded_before)

@@ -56,8 +56,11 @@ pub async fn prepare_resume(
     dir: &Path,
     console_log: &Path,
 ) -> Result<IncomingFirecracker> {
-    let instance = Instance::start(binary, machine, dir, console_log).await?;
+    let instance = Instance::start(binary, machine, None, dir, console_log).await?;
     let socket = HandshakeSocket::bind(&instance.dir.socket(names::PAGER_SOCKET))?;
+    instance
+        .dir
+        .hand_over("pager's socket", names::PAGER_SOCKET)?;
     Ok(IncomingFirecracker {
         instance,
         socket,
@@ -88,6 +91,7 @@ impl IncomingFirecracker {
         let path = self.instance.dir.join(names::STATE);
         let written = fs::write(&path, vmstate).await;
         written.map_err(|source| file_error("device state", &path, source))?;
+        self.instance.dir.hand_over("device state", names::STATE)?;
         let api = self.instance.api.clone();
         // Sockets and drives are found by name in this machine's directory: nothing to override.
         let body = json!({
@@ -124,7 +128,7 @@ impl IncomingFirecracker {
         };
         match self
             .instance
-            .explain("/snapshot/load", async { outcome })
+            .explain("load the device state", async { outcome })
             .await
         {
             Ok(()) => no_load("it asked nobody for its memory".to_owned()),

@@ -1,14 +1,15 @@
 //! One Firecracker process, its directory and the lines to it.
 //!
-//! A machine has a directory of its own, which is Firecracker's working directory. Everything that a
-//! device state names lies there, by links where it belongs elsewhere. It is made empty by the
-//! caller, who also removes it.
+//! A machine has a directory of its own, which is made empty by the caller, who also removes it, with
+//! all that is in it. It is Firecracker's working directory, or holds the jail that it sees. Everything
+//! that a device state names lies there, by links or mounts where it belongs elsewhere.
 
+use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{OpenOptionsExt, symlink};
+use std::os::unix::fs::{OpenOptionsExt, chown, symlink};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -19,14 +20,16 @@ use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep};
 
+use crate::confinement::Confinement;
 use crate::console::ConsoleLog;
 use crate::error::{Result, VmmError};
 use crate::firecracker::api::{Api, ApiError};
 use crate::firecracker::binary::{FirecrackerBinary, Version};
 use crate::firecracker::channel::{self, Carrier};
 use crate::firecracker::config::{self, names};
+use crate::firecracker::jail::{Furnishing, Jail};
 use crate::host::check_room;
-use crate::machine::{MachineConfig, VmmIdentity};
+use crate::machine::{BootSource, MachineConfig, VmmIdentity};
 use crate::process::{Process, Spawn};
 
 /// How long any request but the slow ones may take: all of them are answered in milliseconds.
@@ -38,16 +41,18 @@ const API_LOOK_INTERVAL: Duration = Duration::from_millis(2);
 /// some milliseconds before it is reaped.
 const REASON_PATIENCE: Duration = Duration::from_secs(2);
 
-/// A machine's own directory. Its sockets are reached by the descriptor: a socket's path may have
-/// 107 bytes only, and a storage may lie deeper than that.
+/// A machine's own directory: the one that its Firecracker works in, or sees alone. Its sockets are
+/// reached by the descriptor: a socket's path may have 107 bytes only, and a storage may lie deeper.
 #[derive(Debug)]
 pub(super) struct MachineDir {
     path: PathBuf,
     fd: OwnedFd,
+    /// The jail's user and group.
+    owner: Option<(u32, u32)>,
 }
 
 impl MachineDir {
-    fn open(path: &Path) -> Result<Self> {
+    fn open(path: &Path, jail: Option<&Jail>) -> Result<Self> {
         let opened = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
@@ -56,6 +61,7 @@ impl MachineDir {
             Ok(dir) => Ok(Self {
                 path: path.to_owned(),
                 fd: dir.into(),
+                owner: jail.map(|jail| (jail.uid, jail.gid)),
             }),
             Err(source) => Err(file_error("machine's directory", path, source)),
         }
@@ -70,17 +76,87 @@ impl MachineDir {
         PathBuf::from(format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd()))
     }
 
-    /// Makes `target` known under `name`.
-    pub(super) fn link(&self, role: &'static str, target: &Path, name: &str) -> Result<()> {
-        // Looked at first: Firecracker's own messages do not say which role a file has.
-        let linked = std::fs::canonicalize(target).and_then(|target| {
-            let path = self.join(name);
-            if target == path {
-                return Ok(());
+    /// Gives what we made in it to the jail's user, if there is one.
+    pub(super) fn hand_over(&self, role: &'static str, name: &str) -> Result<()> {
+        let Some((uid, gid)) = self.owner else {
+            return Ok(());
+        };
+        let path = self.socket(name);
+        chown(&path, Some(uid), Some(gid)).map_err(|e| file_error(role, &path, e))
+    }
+}
+
+/// Makes `target` known under `name` in a directory.
+fn link(role: &'static str, target: &Path, dir: &Path, name: &str) -> Result<()> {
+    // Looked at first: Firecracker's own messages do not say which role a file has.
+    let linked = std::fs::canonicalize(target).and_then(|target| {
+        let path = dir.join(name);
+        if target == path {
+            return Ok(());
+        }
+        symlink(target, path)
+    });
+    linked.map_err(|source| file_error(role, target, source))
+}
+
+/// The files that a machine is given, by role and name in its directory.
+fn files<'a>(
+    machine: &'a MachineConfig,
+    boot: Option<&'a BootSource>,
+) -> Vec<(&'static str, &'a Path, &'static str)> {
+    let mut files: Vec<(_, &Path, _)> = vec![
+        ("base image", &machine.base_image, names::BASE_IMAGE),
+        (
+            "writable disk",
+            &machine.writable_disk,
+            names::WRITABLE_DISK,
+        ),
+    ];
+    if let Some(boot) = boot {
+        files.push(("kernel", &boot.kernel, names::KERNEL));
+        let initramfs = boot.initramfs.as_deref();
+        files.extend(initramfs.map(|path| ("initramfs", path, names::INITRAMFS)));
+    }
+    files
+}
+
+/// What is started, and where.
+struct Start {
+    program: PathBuf,
+    args: Vec<OsString>,
+    confinement: Option<Confinement>,
+    dir: MachineDir,
+}
+
+impl Start {
+    fn prepare(
+        binary: &FirecrackerBinary,
+        files: &[(&'static str, &Path, &'static str)],
+        dir: &Path,
+    ) -> Result<Self> {
+        let Some(jail) = &binary.jail else {
+            for (role, path, name) in files {
+                link(role, path, dir, name)?;
             }
-            symlink(target, path)
-        });
-        linked.map_err(|source| file_error(role, target, source))
+            return Ok(Self {
+                program: binary.path.clone(),
+                args: config::arguments(config::STANDARD_ERROR),
+                confinement: None,
+                dir: MachineDir::open(dir, None)?,
+            });
+        };
+        let mut furnishing = Furnishing::begin(jail, binary, dir)?;
+        for (role, path, name) in files {
+            furnishing.give(role, path, name)?;
+        }
+        let dir_within = MachineDir::open(furnishing.root(), Some(jail))?;
+        let (args, confinement) = furnishing.finish(binary, dir)?;
+        Ok(Self {
+            program: jail.jailer.clone(),
+            args,
+            confinement: Some(confinement),
+            dir: dir_within,
+        })
     }
 }
 
@@ -115,46 +191,45 @@ impl Instance {
     pub(super) async fn start(
         binary: &FirecrackerBinary,
         machine: &MachineConfig,
+        boot: Option<&BootSource>,
         dir: &Path,
         console_log: &Path,
     ) -> Result<Self> {
         machine.check()?;
         config::check(machine)?;
         check_room(machine.memory_bytes)?;
-        let dir = MachineDir::open(dir)?;
-        dir.link("base image", &machine.base_image, names::BASE_IMAGE)?;
-        dir.link(
-            "writable disk",
-            &machine.writable_disk,
-            names::WRITABLE_DISK,
-        )?;
+        let start = Start::prepare(binary, &files(machine, boot), dir)?;
         let console_log = ConsoleLog::create(console_log)?;
         let (console, stdout) = StdUnixStream::pair().map_err(|source| VmmError::Host {
             what: "make a socket pair",
             source,
         })?;
         let process = Process::spawn(Spawn {
-            program: binary.path.clone(),
-            args: config::arguments(),
-            dir: dir.path.clone(),
+            program: start.program,
+            args: start.args,
+            dir: start.dir.path.clone(),
             fds: Vec::new(),
             stdout: Some(stdout.into()),
             console,
             console_log,
+            confinement: start.confinement,
         })
         .await?;
-        let api = Api::at(&dir.socket(names::API_SOCKET));
+        let api = Api::at(&start.dir.socket(names::API_SOCKET));
         let instance = Self {
             identity: binary.identity(),
             version: binary.version,
             process,
             memory_bytes: machine.memory_bytes,
-            dir,
+            dir: start.dir,
             api,
             agent: Mutex::new(None),
             carrier: Mutex::new(None),
         };
         instance.wait_for_api().await?;
+        if binary.jail.is_some() {
+            instance.process.die_with_us()?;
+        }
         Ok(instance)
     }
 
@@ -180,7 +255,8 @@ impl Instance {
 
     /// Makes the channel to the guest's agent, and begins to try for it when the vCPUs run.
     pub(super) fn open_agent_channel(&self, running: bool) -> Result<()> {
-        let opened = channel::open(self.dir.socket(names::VSOCK), running);
+        let vsock = self.dir.socket(names::VSOCK);
+        let opened = channel::open(vsock, running, self.process.ended());
         let (agent, carrier) = opened.map_err(|source| VmmError::Host {
             what: "make the agent's channel",
             source,
@@ -208,8 +284,11 @@ impl Instance {
 
     /// Sets something before the start.
     pub(super) async fn put(&self, path: &'static str, body: &Value) -> Result<()> {
-        self.explain(path, self.api.put(path, body, REQUEST_DEADLINE))
-            .await
+        self.explain(
+            "set up the machine",
+            self.api.put(path, body, REQUEST_DEADLINE),
+        )
+        .await
     }
 
     /// Lets the vCPUs run or stand still.
@@ -217,13 +296,16 @@ impl Instance {
         let state = if running { "Resumed" } else { "Paused" };
         let body = json!({ "state": state });
         let request = self.api.patch("/vm", Some(&body), REQUEST_DEADLINE);
-        self.explain("/vm", request).await
+        self.explain("stop or resume the vCPUs", request).await
     }
 
     /// `Running`, `Paused` or `Not started`.
     pub(super) async fn state(&self) -> Result<String> {
         let info = self.api.get::<InstanceInfo>("/", REQUEST_DEADLINE);
-        Ok(self.explain("/", info).await?.state)
+        Ok(self
+            .explain("look at the machine's state", info)
+            .await?
+            .state)
     }
 
     /// Does `work`; a Firecracker that died meanwhile is reported as such, with what it said.

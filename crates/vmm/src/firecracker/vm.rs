@@ -68,13 +68,7 @@ pub async fn boot(
     console_log: &Path,
 ) -> Result<(Box<dyn Vmm>, InstalledBalloon)> {
     let requests = config::requests(machine, boot)?;
-    let instance = Instance::start(binary, machine, dir, console_log).await?;
-    instance.dir.link("kernel", &boot.kernel, names::KERNEL)?;
-    if let Some(initramfs) = &boot.initramfs {
-        instance
-            .dir
-            .link("initramfs", initramfs, names::INITRAMFS)?;
-    }
+    let instance = Instance::start(binary, machine, Some(boot), dir, console_log).await?;
     for (path, body) in &requests {
         instance.put(path, body).await?;
     }
@@ -84,7 +78,7 @@ pub async fn boot(
         machine.free_page_reporting,
         REQUEST_DEADLINE,
     );
-    let balloon = instance.explain("/balloon", balloon).await?;
+    let balloon = instance.explain("install the balloon", balloon).await?;
     instance
         .put("/actions", &json!({ "action_type": "InstanceStart" }))
         .await?;
@@ -135,7 +129,7 @@ impl FirecrackerVm {
         });
         let api = &self.instance.api;
         let save = api.put("/snapshot/create", &body, REQUEST_DEADLINE);
-        let saved = self.instance.explain("/snapshot/create", save).await;
+        let saved = self.instance.explain("save the device state", save).await;
         let reason = match saved {
             Err(VmmError::Api {
                 source: ApiError::Refused { fault_message, .. },

@@ -92,15 +92,15 @@ impl Instance {
             fds.push((inherited::INITRAMFS, padded_copy(initramfs)?));
         }
 
-        let program = binary.path.clone();
         let process = Process::spawn(Spawn {
-            program,
+            program: binary.path.clone(),
             args,
             dir: PathBuf::from("/"),
             fds,
             stdout: None,
             console,
             console_log,
+            confinement: None,
         })
         .await?;
         let qmp = match Qmp::open(qmp).await {

@@ -11,12 +11,16 @@ use tokio::time::timeout;
 use torpor_pager::{
     Backing, PageSource, Pager, PagerConfig, Region, SourceKind, SourceRun, Uffd, WriteTracking,
 };
-use torpor_vmm::firecracker::{self, FirecrackerBinary, Handshake, InstalledBalloon};
+use torpor_vmm::firecracker::{
+    self, FirecrackerBinary, Handshake, IncomingFirecracker, InstalledBalloon,
+};
 use torpor_vmm::{DrainReport, GuestReader, MachineConfig, Vmm};
 
 use crate::support::{GUEST_DEADLINE, Guest, Host};
 
 pub(crate) const PAGE: usize = 4096;
+/// How long a pager may take to come to rest.
+pub(crate) const SETTLE_DEADLINE: Duration = Duration::from_secs(60);
 /// The longest run that a test's source tells of.
 const RUN_PAGES_MAX: u64 = 64;
 
@@ -84,6 +88,40 @@ impl Lab {
     }
 }
 
+impl Lab {
+    /// Resumes a guest on a host of its own, with this host's disk, until it answers.
+    pub(crate) async fn resume(&self, state: &[u8], image: &Arc<Image>) -> (Self, Guest, Pager) {
+        let next = Self::new(self.binary.clone());
+        let disk = next.host.path("layer.img");
+        fs::copy(self.host.path("layer.img"), disk).unwrap();
+        let began = Instant::now();
+        let mut incoming = next.incoming().await;
+        let started = began.elapsed();
+        let handshake = incoming.hand_over(state).await.unwrap();
+        let handed_over = began.elapsed();
+        let pager = serve(handshake, incoming.pid(), Arc::clone(image));
+        let vm = incoming.finish().await.unwrap();
+        let loaded = began.elapsed();
+        vm.resume_vcpus().await.unwrap();
+        let mut guest = Guest::new(vm);
+        guest.count().await;
+        println!(
+            "resumed: started {started:?}, handed over {handed_over:?}, loaded {loaded:?}, \
+             answered {:?} after {} faults",
+            began.elapsed(),
+            pager.stats().faults
+        );
+        (next, guest, pager)
+    }
+
+    /// A Firecracker that waits for a state.
+    pub(crate) async fn incoming(&self) -> IncomingFirecracker {
+        let (log, machine) = (self.host.path("console.log"), self.machine(false));
+        let incoming = firecracker::prepare_resume(&self.binary, &machine, self.dir.path(), &log);
+        incoming.await.unwrap()
+    }
+}
+
 pub(crate) async fn drain(guest: &Guest, pager: Option<&Pager>, ceiling: Duration) -> DrainReport {
     let removes_before = pager.map_or(0, |pager| pager.stats().removes);
     let report = match pager {
@@ -133,6 +171,13 @@ impl Image {
             reader.read_exact_at(&mut bytes, at).unwrap();
             let zero = bytes.iter().all(|byte| *byte == 0);
             self.0[page] = (!zero).then(|| bytes.clone().into());
+        }
+    }
+
+    /// These pages are zero now.
+    pub(crate) fn forget(&mut self, pages: impl IntoIterator<Item = usize>) {
+        for page in pages {
+            self.0[page] = None;
         }
     }
 
@@ -201,7 +246,7 @@ pub(crate) fn capture(vm: &dyn Vmm, served: Option<(&Pager, &Image)>) -> Image {
             (image, pages_of(&reader.present().unwrap()))
         }
         Some((pager, parent)) => {
-            pager.settle(Duration::from_secs(60)).unwrap();
+            pager.settle(SETTLE_DEADLINE).unwrap();
             let dirty = pager.dirty().unwrap();
             let pages = |set: &torpor_pager::PageSet| -> Vec<usize> {
                 set.runs()

@@ -12,6 +12,9 @@
     reason = "a helper that fails ends the test, what it measures is shown, pages fit a usize"
 )]
 
+mod checkpoint;
+mod failures;
+mod jailed;
 mod lab;
 #[path = "../support/mod.rs"]
 mod support;
@@ -21,11 +24,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use torpor_pager::Pager;
-use torpor_vmm::firecracker;
 use torpor_vmm::{DrainOutcome, VmmError};
 
-use lab::{Image, Lab, binary, capture, drain, mib, reclaim, serve};
-use support::Guest;
+use lab::{Image, Lab, binary, capture, drain, mib, reclaim};
+use support::GUEST_DEADLINE;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_booted_guest_has_its_drives_its_channel_and_its_random_numbers() {
@@ -110,9 +112,35 @@ async fn a_drain_gets_free_memory_back_ten_times_in_a_row() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_drained_guest_stores_less_whether_it_zeroes_what_it_allocates_or_not() {
+    let Some(binary) = binary() else { return };
+    for init_on_alloc in [0, 1] {
+        let lab = Lab::new(binary.clone());
+        let words = format!("init_on_alloc={init_on_alloc}");
+        println!("{words}");
+        let (mut guest, _) = lab.boot(false, &words).await;
+        guest.ask("churn 64").await;
+        reclaim(&mut guest).await;
+        let mut stored = Vec::new();
+        for drained in [false, true] {
+            if drained {
+                let report = drain(&guest, None, GUEST_DEADLINE).await;
+                assert_eq!(report.outcome, DrainOutcome::Done);
+            }
+            guest.vm.stop_vcpus().await.unwrap();
+            guest.vm.save_state().await.unwrap();
+            stored.push(capture(&*guest.vm, None).stored_mib());
+            guest.vm.resume_vcpus().await.unwrap();
+        }
+        println!("stored MiB without and with the drain: {stored:?}");
+        assert!(stored[1] + 32 <= stored[0], "{stored:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_guest_is_resumed_three_generations_deep_with_its_memory_as_it_was() {
     let Some(binary) = binary() else { return };
-    let mut lab = Lab::new(binary.clone());
+    let mut lab = Lab::new(binary);
     let (mut guest, _) = lab.boot(false, "").await;
     let mut kept = guest.ask("keep 4").await;
     assert_eq!(guest.ask("write /dev/vdb 1048576 4096 0").await, "ok");
@@ -134,27 +162,8 @@ async fn a_guest_is_resumed_three_generations_deep_with_its_memory_as_it_was() {
         guest.vm.kill().await.unwrap();
         drop(pager);
 
-        let next = Lab::new(binary.clone());
-        fs::copy(lab.host.path("layer.img"), next.host.path("layer.img")).unwrap();
-        let began = Instant::now();
-        let (log, machine) = (next.host.path("console.log"), next.machine(false));
-        let incoming = firecracker::prepare_resume(&binary, &machine, next.dir.path(), &log);
-        let mut incoming = incoming.await.unwrap();
-        let started = began.elapsed();
-        let handshake = incoming.hand_over(&state).await.unwrap();
-        let handed_over = began.elapsed();
-        let serving = serve(handshake, incoming.pid(), Arc::clone(&image));
-        let vm = incoming.finish().await.unwrap();
-        let loaded = began.elapsed();
-        vm.resume_vcpus().await.unwrap();
-        guest = Guest::new(vm);
-        guest.count().await;
-        println!(
-            "resumed: started {started:?}, handed over {handed_over:?}, loaded {loaded:?}, \
-             answered {:?} after {} faults",
-            began.elapsed(),
-            serving.stats().faults
-        );
+        let (next, resumed, serving) = lab.resume(&state, &image).await;
+        guest = resumed;
         assert_eq!(guest.ask("kept").await, kept, "generation {generation}");
         pager = Some((serving, image));
         lab = next;

@@ -1,0 +1,275 @@
+//! A Firecracker that is locked up by the `jailer` of its release.
+//!
+//! ```text
+//! machine's directory / firecracker / vm / root     the only directory that it sees
+//!                                           ├ firecracker      the jailer's copy
+//!                                           ├ base.img …       bind mounts, in its own namespace
+//!                                           ├ log              a pipe to us
+//!                                           └ api.sock …       sockets, as without a jail
+//! ```
+//!
+//! It runs as a user of its own, in process-id and mount namespaces and a cgroup of its own, sees one
+//! directory, and has devices for KVM and userfaultfd. The network is the host's unless a namespace is
+//! named: torpor gives its guests no card yet, and Firecracker has no use for the host's.
+//!
+//! The jailer becomes Firecracker, so that its process is our child all the way; that is why the
+//! process-id namespace is ours and not by its `--new-pid-ns`, which would leave us with a process that
+//! has ended and one that is somebody else's child. When the jailer changes its user, the kernel forgets
+//! that the process is to die with us. So it is reminded, by a system call that we make it do, before it
+//! is given a machine. Until then, some milliseconds, a torpor that is killed leaves an idle Firecracker.
+//!
+//! Root is needed. The writable disk is given to the jail's user; base image, kernel and initramfs stay
+//! whose they are, and must be readable by that user.
+
+use std::env;
+use std::ffi::{CString, OsString};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+use crate::confinement::{BindMount, Cgroup, Confinement};
+use crate::error::{Result, VmmError};
+use crate::firecracker::binary::FirecrackerBinary;
+use crate::firecracker::config::{self, names};
+use crate::firecracker::instance::file_error;
+
+/// The program's name in Firecracker's releases, once unpacked.
+const JAILER_NAME: &str = "jailer";
+/// What the jailer calls the machine: its directory has no other.
+const MACHINE_ID: &str = "vm";
+/// Under this name stand the cgroups of all jails.
+const CGROUP_PARENT: &str = "torpor";
+
+/// How a Firecracker is locked up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Jail {
+    /// The `jailer` of the same release.
+    pub jailer: PathBuf,
+    /// The user that it runs as. Each machine should have one of its own.
+    pub uid: u32,
+    /// The group that it runs as.
+    pub gid: u32,
+    /// The network namespace that it joins (`/run/netns/NAME`), if not the host's.
+    pub netns: Option<PathBuf>,
+}
+
+impl Jail {
+    /// Finds the jailer: `explicit`, or beside the Firecracker, or in `PATH`. `None`: there is none.
+    #[must_use]
+    pub fn find_jailer(explicit: Option<&Path>, firecracker: &Path) -> Option<PathBuf> {
+        if let Some(path) = explicit {
+            return path.is_file().then(|| path.to_owned());
+        }
+        let beside = firecracker.with_file_name(JAILER_NAME);
+        let search = env::var_os("PATH").unwrap_or_default();
+        let in_path = env::split_paths(&search).map(|dir| dir.join(JAILER_NAME));
+        std::iter::once(beside)
+            .chain(in_path)
+            .find(|path| path.is_file())
+    }
+}
+
+/// A jail that is being furnished.
+#[derive(Debug)]
+pub(super) struct Furnishing<'a> {
+    jail: &'a Jail,
+    root: PathBuf,
+    mounts: Vec<BindMount>,
+}
+
+impl<'a> Furnishing<'a> {
+    /// Makes the directory that the jailed one will see.
+    pub(super) fn begin(jail: &'a Jail, binary: &FirecrackerBinary, dir: &Path) -> Result<Self> {
+        let program = binary.path.file_name().unwrap_or_default();
+        let root = dir.join(program).join(MACHINE_ID).join("root");
+        fs::create_dir_all(&root).map_err(|e| file_error("jail", &root, e))?;
+        Ok(Self {
+            jail,
+            root,
+            mounts: Vec::new(),
+        })
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Gives it `source` under `name`.
+    pub(super) fn give(&mut self, role: &'static str, source: &Path, name: &str) -> Result<()> {
+        let given = self.try_give(source, name);
+        let mount = given.map_err(|error| file_error(role, source, error))?;
+        self.mounts.push(mount);
+        Ok(())
+    }
+
+    fn try_give(&self, source: &Path, name: &str) -> io::Result<BindMount> {
+        let source = fs::canonicalize(source)?;
+        let writable = name == names::WRITABLE_DISK;
+        if writable {
+            chown(&source, Some(self.jail.uid), Some(self.jail.gid))?;
+        } else {
+            self.check_readable(&source)?;
+        }
+        let target = self.root.join(name);
+        File::create_new(&target)?;
+        Ok(BindMount {
+            source: CString::new(source.as_os_str().as_bytes())?,
+            target: CString::new(target.as_os_str().as_bytes())?,
+            read_only: !writable,
+        })
+    }
+
+    /// Firecracker's own message would name neither the file nor the reason.
+    fn check_readable(&self, source: &Path) -> io::Result<()> {
+        let file = fs::metadata(source)?;
+        let needed = match (file.uid() == self.jail.uid, file.gid() == self.jail.gid) {
+            (true, _) => 0o400,
+            (false, true) => 0o040,
+            (false, false) => 0o004,
+        };
+        if file.mode() & needed == 0 {
+            let (uid, mode) = (self.jail.uid, file.mode() & 0o777);
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                format!("its mode {mode:o} keeps it from the jail's user {uid}; chmod o+r it"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The jailer's arguments, and what it is to be started in.
+    pub(super) fn finish(
+        self,
+        binary: &FirecrackerBinary,
+        dir: &Path,
+    ) -> Result<(Vec<OsString>, Confinement)> {
+        let log = self.root.join(names::LOG);
+        let stderr = make_log(&log, self.jail).map_err(|e| file_error("jail's log", &log, e))?;
+        let (name, cgroup) = make_cgroup()?;
+        let mut arguments: Vec<OsString> = Vec::new();
+        let mut add = |option: &str, value: OsString| arguments.extend([option.into(), value]);
+        add("--id", MACHINE_ID.into());
+        add("--exec-file", binary.path.clone().into());
+        add("--uid", self.jail.uid.to_string().into());
+        add("--gid", self.jail.gid.to_string().into());
+        add("--chroot-base-dir", dir.into());
+        add("--cgroup-version", "2".into());
+        add("--parent-cgroup", name.into());
+        if let Some(netns) = &self.jail.netns {
+            add("--netns", netns.into());
+        }
+        arguments.push("--".into());
+        arguments.extend(config::arguments(names::LOG));
+        let confinement = Confinement {
+            mounts: self.mounts,
+            stderr,
+            cgroup,
+        };
+        Ok((arguments, confinement))
+    }
+}
+
+/// A pipe with a name: the jailed one has no /proc by which to find its standard error. Opened for
+/// both directions on our side, it never ends, and opening it never waits.
+fn make_log(path: &Path, jail: &Jail) -> io::Result<(OwnedFd, OwnedFd)> {
+    mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
+    chown(path, Some(jail.uid), Some(jail.gid))?;
+    let ours = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let theirs = OpenOptions::new().write(true).open(path)?;
+    Ok((ours.into(), theirs.into()))
+}
+
+/// A cgroup of its own, and its name below the hierarchy's root.
+fn make_cgroup() -> Result<(PathBuf, Cgroup)> {
+    static MADE: AtomicU64 = AtomicU64::new(0);
+    let number = MADE.fetch_add(1, Ordering::Relaxed);
+    let name = Path::new(CGROUP_PARENT).join(format!("{}-{number}", std::process::id()));
+    let mounts = fs::read_to_string("/proc/self/mounts").map_err(|source| VmmError::Host {
+        what: "look for the cgroups",
+        source,
+    })?;
+    let Some(hierarchy) = cgroup2_of(&mounts) else {
+        return Err(VmmError::Host {
+            what: "make a cgroup for the jail",
+            source: io::Error::new(io::ErrorKind::NotFound, "no cgroup2 is mounted"),
+        });
+    };
+    let path = hierarchy.join(&name);
+    let cgroup = Cgroup::create(path.clone()).map_err(|e| file_error("jail's cgroup", &path, e))?;
+    Ok((name, cgroup))
+}
+
+/// Where /proc/mounts has the version 2 hierarchy: the first, as the jailer takes it.
+fn cgroup2_of(mounts: &str) -> Option<PathBuf> {
+    mounts.lines().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        let place = words.next()?;
+        (words.next()? == "cgroup2").then(|| place.into())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn the_version_2_hierarchy_is_found_wherever_it_is_mounted() {
+        let hybrid = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\n\
+                      cgroup /sys/fs/cgroup/pids cgroup rw,pids 0 0\n\
+                      cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        assert_eq!(
+            cgroup2_of(hybrid).as_deref(),
+            Some(Path::new("/sys/fs/cgroup/unified"))
+        );
+        assert_eq!(cgroup2_of("proc /proc proc rw 0 0\n"), None);
+    }
+
+    #[test]
+    fn a_file_that_the_jails_user_cannot_read_is_refused_with_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("base");
+        fs::write(&image, "").unwrap();
+        fs::set_permissions(&image, fs::Permissions::from_mode(0o600)).unwrap();
+        let owner = fs::metadata(&image).unwrap().uid();
+        let jail = Jail {
+            jailer: "/usr/bin/jailer".into(),
+            uid: owner + 1,
+            gid: u32::MAX - 1,
+            netns: None,
+        };
+        let mut furnishing = Furnishing {
+            jail: &jail,
+            root: dir.path().to_owned(),
+            mounts: Vec::new(),
+        };
+        let error = furnishing.give("base image", &image, names::BASE_IMAGE);
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("base image") && error.contains("chmod o+r"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_jailer_is_looked_for_beside_its_firecracker() {
+        let dir = tempfile::tempdir().unwrap();
+        let jailer = dir.path().join(JAILER_NAME);
+        File::create(&jailer).unwrap();
+        let firecracker = dir.path().join("firecracker");
+        assert_eq!(Jail::find_jailer(None, &firecracker), Some(jailer));
+        let missing = Path::new("/nonexistent/jailer");
+        assert_eq!(Jail::find_jailer(Some(missing), &firecracker), None);
+    }
+}
