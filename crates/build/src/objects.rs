@@ -16,8 +16,9 @@ use crate::page::{PAGE_SIZE, is_zero};
 use crate::staging::StagingDir;
 use crate::storage::{Storage, list_dir};
 
-/// Base images and kernels are read by guests and never written.
-pub(crate) const OBJECT_MODE: u32 = 0o400;
+/// Base images and kernels are read by guests and never written: by VMMs that are jailed, too, as users
+/// of their own. Nobody else comes to them, as the storage's directory is its owner's alone.
+pub(crate) const OBJECT_MODE: u32 = 0o444;
 /// Bytes read at a time.
 const COPY_BYTES: usize = 1 << 20;
 const KERNEL_FILE: &str = "vmlinux";

@@ -183,7 +183,7 @@ fn a_flipped_bit_in_the_base_image_or_the_kernel_is_found_and_an_import_repairs_
             assert!(std::fs::read(path).unwrap() == original);
             verify(&storage, &build.id(), false).unwrap();
             let mode = std::fs::metadata(path).unwrap().permissions().mode();
-            assert_eq!(mode & 0o777, 0o400);
+            assert_eq!(mode & 0o777, 0o444);
         }
     }
     assert!(common::names_in(&storage, "staging").is_empty());

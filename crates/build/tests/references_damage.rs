@@ -113,7 +113,7 @@ fn is_made_again(build: &Build, index: &Path, original: &[u8], damaged: &[u8], w
     assert!(read == pages(&MEMORY), "{what}: wrong bytes were read");
     assert!(std::fs::read(index).unwrap() == original, "{what}");
     let mode = std::fs::metadata(index).unwrap().permissions().mode();
-    assert_eq!(mode & 0o777, 0o400, "{what}");
+    assert_eq!(mode & 0o777, 0o444, "{what}");
 }
 
 #[test]

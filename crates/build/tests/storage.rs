@@ -317,7 +317,7 @@ fn an_image_is_kept_once_sparse_and_read_only() {
     let path = storage.image_path(&digest).unwrap();
     assert!(std::fs::read(&path).unwrap() == content);
     let meta = std::fs::metadata(&path).unwrap();
-    assert_eq!(meta.permissions().mode() & 0o777, 0o400);
+    assert_eq!(meta.permissions().mode() & 0o777, 0o444);
     assert!(meta.blocks() * 512 <= 5 * 4096, "{} blocks", meta.blocks());
     assert_eq!(names_in(&storage, "images").len(), 1);
     assert!(names_in(&storage, "staging").is_empty());

@@ -1,5 +1,7 @@
 //! Boots a guest from nothing: kernel, initramfs, base image, empty writable layer.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,6 +18,9 @@ use crate::rootfs::{self, RootImage};
 use crate::sandbox::{DISK_FILE, Memory, Parts, Sandbox, Starting};
 use crate::spec::GuestSpec;
 use crate::vmm::VmmKind;
+
+/// Read by all, whatever the umask.
+const INITRAMFS_MODE: u32 = 0o444;
 
 /// A guest to boot.
 #[derive(Debug)]
@@ -135,9 +140,13 @@ async fn import(
 fn write_initramfs(assets: &Assets, run_dir: &Path) -> Result<PathBuf, StartError> {
     let path = run_dir.join("initramfs.cpio");
     let bytes = initramfs::assemble(&assets.envd, &assets.modules)?;
-    std::fs::write(&path, bytes).map_err(|source| StartError::Io {
-        path: path.clone(),
-        source,
-    })?;
+    let written = std::fs::write(&path, bytes);
+    // A jailed VMM reads it as another user; the directory is ours alone.
+    written
+        .and_then(|()| std::fs::set_permissions(&path, Permissions::from_mode(INITRAMFS_MODE)))
+        .map_err(|source| StartError::Io {
+            path: path.clone(),
+            source,
+        })?;
     Ok(path)
 }

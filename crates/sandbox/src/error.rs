@@ -102,6 +102,12 @@ pub enum StartError {
         /// What is the matter with KVM.
         why_not: &'static str,
     },
+    /// A jail that was asked for.
+    #[error("Firecracker cannot be jailed: {why_not}; without --jailer it runs as it is")]
+    NoJail {
+        /// What is missing.
+        why_not: &'static str,
+    },
     /// Firecracker's memory cannot be filled before it starts.
     #[error("a guest under Firecracker gets its memory page by page only: leave --eager out")]
     NotEager,

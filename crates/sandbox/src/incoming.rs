@@ -84,9 +84,9 @@ pub(crate) async fn prepare(
             })
         }
         VmmBinary::Firecracker(_) if options.eager => Err(StartError::NotEager),
-        VmmBinary::Firecracker(binary) => {
-            let dir = machine_dir(run_dir)?;
-            let prepared = firecracker::prepare_resume(binary, machine, &dir, &console);
+        VmmBinary::Firecracker(program) => {
+            let (dir, binary) = (machine_dir(run_dir)?, program.for_machine());
+            let prepared = firecracker::prepare_resume(&binary, machine, &dir, &console);
             let mut incoming = prepared.await?;
             let vmm_started = Instant::now();
             let handshake = incoming.hand_over(state).await?;

@@ -12,13 +12,21 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
+use nix::unistd::geteuid;
 use torpor_build::BalloonRecord;
-use torpor_vmm::firecracker::{self, FirecrackerBinary, InstalledBalloon};
+use torpor_vmm::firecracker::{self, FirecrackerBinary, InstalledBalloon, Jail};
 use torpor_vmm::qemu::{self, QemuBinary};
 use torpor_vmm::{Accel, BootSource, KvmSupport, MachineConfig, Vmm, VmmError, VmmIdentity};
 
+use uuid::Uuid;
+
 use crate::error::StartError;
 use crate::sandbox::{CONSOLE_FILE, machine_dir};
+
+/// Users of jailed machines have numbers from here on, above all that hosts give out, …
+const JAIL_USER_FIRST: u32 = 1_000_000_000;
+/// … and so many of them that two machines hardly meet in one.
+const JAIL_USERS: u64 = 1_000_000_000;
 
 /// A VMM that torpor drives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -66,6 +74,9 @@ pub struct VmmOptions {
     pub qemu: Option<PathBuf>,
     /// The Firecracker to use instead of the one from PATH.
     pub firecracker: Option<PathBuf>,
+    /// Whether Firecracker is locked up by its jailer: asked for, refused, or, if neither, where that
+    /// is possible.
+    pub jailed: Option<bool>,
 }
 
 /// A VMM's program, found on this host.
@@ -74,7 +85,77 @@ pub enum VmmBinary {
     /// QEMU.
     Qemu(QemuBinary),
     /// Firecracker, on a host with KVM.
-    Firecracker(FirecrackerBinary),
+    Firecracker(FirecrackerProgram),
+}
+
+/// A Firecracker, and how it is started.
+#[derive(Debug, Clone)]
+pub struct FirecrackerProgram {
+    binary: FirecrackerBinary,
+    jailer: Option<PathBuf>,
+}
+
+impl FirecrackerProgram {
+    /// Looks at this host, whether it has KVM or not.
+    ///
+    /// # Errors
+    /// There is no usable Firecracker, or it cannot be jailed and is to be.
+    pub fn find(options: &VmmOptions) -> Result<Self, StartError> {
+        let binary = FirecrackerBinary::find(options.firecracker.as_deref())?;
+        let jailer = match (options.jailed, jailer_of(&binary)) {
+            (Some(false), _) => None,
+            (None, jailer) => jailer.ok(),
+            (Some(true), Ok(jailer)) => Some(jailer),
+            (Some(true), Err(why_not)) => return Err(StartError::NoJail { why_not }),
+        };
+        Ok(Self { binary, jailer })
+    }
+
+    /// Its version, as it spells it.
+    #[must_use]
+    pub fn release(&self) -> &str {
+        &self.binary.release
+    }
+
+    /// The program.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.binary.path
+    }
+
+    /// The jailer that locks it up, if one does.
+    #[must_use]
+    pub fn jailer(&self) -> Option<&Path> {
+        self.jailer.as_deref()
+    }
+
+    /// The binary for one machine. A jailed one has a user of its own, so that no machine can touch
+    /// what is another's.
+    pub(crate) fn for_machine(&self) -> FirecrackerBinary {
+        let mut binary = self.binary.clone();
+        binary.jail = self.jailer.clone().map(|jailer| {
+            let (random, _) = Uuid::new_v4().as_u64_pair();
+            let uid = JAIL_USER_FIRST + u32::try_from(random % JAIL_USERS).unwrap_or(0);
+            Jail {
+                jailer,
+                uid,
+                gid: uid,
+                netns: None,
+            }
+        });
+        binary
+    }
+}
+
+/// The jailer that this host can use for a Firecracker, or why it cannot.
+fn jailer_of(binary: &FirecrackerBinary) -> Result<PathBuf, &'static str> {
+    if !geteuid().is_root() {
+        return Err("only root may lock a process up");
+    }
+    if !Jail::has_cgroups() {
+        return Err("no cgroup2 is mounted");
+    }
+    Jail::find_jailer(None, &binary.path).ok_or("there is no jailer beside it, nor in PATH")
 }
 
 /// The VMM of a host, and why this one.
@@ -127,8 +208,7 @@ impl VmmOptions {
             VmmKind::Firecracker => {
                 let why_not = match KvmSupport::of_host() {
                     KvmSupport::Usable => {
-                        let binary = FirecrackerBinary::find(self.firecracker.as_deref())?;
-                        return Ok(VmmBinary::Firecracker(binary));
+                        return Ok(VmmBinary::Firecracker(FirecrackerProgram::find(self)?));
                     }
                     KvmSupport::WithoutHardware => {
                         "the processor shows no vmx or svm, whatever /dev/kvm is there"
@@ -157,7 +237,7 @@ impl VmmBinary {
     pub fn path(&self) -> &Path {
         match self {
             Self::Qemu(binary) => &binary.path,
-            Self::Firecracker(binary) => &binary.path,
+            Self::Firecracker(program) => program.path(),
         }
     }
 
@@ -166,7 +246,7 @@ impl VmmBinary {
     pub fn version(&self) -> &str {
         match self {
             Self::Qemu(binary) => &binary.version,
-            Self::Firecracker(binary) => &binary.release,
+            Self::Firecracker(program) => program.release(),
         }
     }
 
@@ -178,7 +258,9 @@ impl VmmBinary {
                 reporting: true,
                 hinting: false,
             },
-            Self::Firecracker(binary) => record(InstalledBalloon::plan(binary.version, true)),
+            Self::Firecracker(program) => {
+                record(InstalledBalloon::plan(program.binary.version, true))
+            }
         }
     }
 
@@ -201,7 +283,7 @@ impl VmmBinary {
     pub(crate) fn identity_as(&self, accel: Accel) -> VmmIdentity {
         match self {
             Self::Qemu(binary) => binary.identity(accel),
-            Self::Firecracker(binary) => binary.identity(),
+            Self::Firecracker(program) => program.binary.identity(),
         }
     }
 
@@ -234,9 +316,9 @@ impl VmmBinary {
                 };
                 Ok((Arc::from(vmm), balloon))
             }
-            Self::Firecracker(binary) => {
-                let dir = machine_dir(run_dir)?;
-                let booted = firecracker::boot(binary, machine, source, &dir, &console);
+            Self::Firecracker(program) => {
+                let (dir, binary) = (machine_dir(run_dir)?, program.for_machine());
+                let booted = firecracker::boot(&binary, machine, source, &dir, &console);
                 let (vmm, balloon) = booted.await?;
                 Ok((Arc::from(vmm), record(balloon)))
             }

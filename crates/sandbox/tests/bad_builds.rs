@@ -205,6 +205,7 @@ async fn a_host_whose_qemu_has_another_version_resumes_nothing_of_ours() {
             kind: Some(VmmKind::Qemu),
             qemu: Some(qemu),
             firecracker: None,
+            ..VmmOptions::default()
         },
         ..HostOptions::default()
     };

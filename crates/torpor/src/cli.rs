@@ -217,6 +217,15 @@ pub(crate) struct VmmArgs {
     /// The Firecracker to use, 1.10 or newer [default: firecracker from PATH]
     #[arg(long, value_name = "PATH", env = "TORPOR_FIRECRACKER")]
     pub(crate) firecracker: Option<PathBuf>,
+
+    /// Lock Firecracker up with its jailer: a user, cgroup and namespaces of its own [default: where
+    /// torpor is root and a jailer is beside it or in PATH]
+    #[arg(long)]
+    pub(crate) jailer: bool,
+
+    /// Do not lock it up
+    #[arg(long, conflicts_with = "jailer")]
+    pub(crate) no_jailer: bool,
 }
 
 impl VmmArgs {
@@ -226,6 +235,7 @@ impl VmmArgs {
             kind: self.vmm,
             qemu: self.qemu.clone(),
             firecracker: self.firecracker.clone(),
+            jailed: (self.jailer || self.no_jailer).then_some(self.jailer),
         }
     }
 }

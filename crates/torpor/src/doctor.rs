@@ -9,9 +9,8 @@ use rustix::fs::{Access, access, statvfs};
 use serde::Serialize;
 use torpor_pager::{Uffd, WriteTracking};
 use torpor_sandbox::assets::{self, AssetError, Assets, DEFAULT_KERNEL};
-use torpor_sandbox::vmm::{VmmBinary, VmmChoice, VmmOptions};
+use torpor_sandbox::vmm::{FirecrackerProgram, VmmBinary, VmmChoice, VmmOptions};
 use torpor_vmm::KvmSupport;
-use torpor_vmm::firecracker::FirecrackerBinary;
 use torpor_vmm::qemu::QemuBinary;
 
 use crate::cli::DoctorArgs;
@@ -103,7 +102,7 @@ fn checks(storage: &Path, options: &VmmOptions) -> Vec<Check> {
         userfaultfd(),
         ptrace(),
         qemu(options.qemu.as_deref()),
-        firecracker(options.firecracker.as_deref()),
+        firecracker(options),
         vmm(options),
         mke2fs(),
     ];
@@ -234,19 +233,26 @@ fn qemu(explicit: Option<&Path>) -> Check {
     }
 }
 
-fn firecracker(explicit: Option<&Path>) -> Check {
+fn firecracker(options: &VmmOptions) -> Check {
     let name = "Firecracker";
-    match FirecrackerBinary::find(explicit) {
-        Ok(binary) => {
-            let (release, path) = (&binary.release, binary.path.display());
-            let features = VmmBinary::Firecracker(binary.clone()).free_pages();
+    match FirecrackerProgram::find(options) {
+        Ok(program) => {
+            let (release, path) = (
+                program.release().to_owned(),
+                program.path().display().to_string(),
+            );
+            let jail = program.jailer().map_or_else(
+                || "not jailed".to_owned(),
+                |jailer| format!("jailed by {}", jailer.display()),
+            );
+            let features = VmmBinary::Firecracker(program).free_pages();
             let free_pages = match (features.reporting, features.hinting) {
                 (true, true) => "its balloon reports and hints free pages",
                 _ => {
                     "its balloon knows no free pages, so a drain brings nothing (1.14 or newer do)"
                 }
             };
-            Check::good(name, format!("{release} at {path}; {free_pages}"))
+            Check::good(name, format!("{release} at {path}; {free_pages}; {jail}"))
         }
         Err(error) => Check::bad(
             name,

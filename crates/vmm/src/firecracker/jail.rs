@@ -46,6 +46,9 @@ const MACHINE_ID: &str = "vm";
 /// Under this name stand the cgroups of all jails.
 const CGROUP_PARENT: &str = "torpor";
 
+/// Where the kernel says what is mounted (proc_pid_mounts(5)).
+const MOUNTS: &str = "/proc/self/mounts";
+
 /// How a Firecracker is locked up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Jail {
@@ -72,6 +75,12 @@ impl Jail {
         std::iter::once(beside)
             .chain(in_path)
             .find(|path| path.is_file())
+    }
+
+    /// Whether this host has the cgroups that a jail needs (version 2).
+    #[must_use]
+    pub fn has_cgroups() -> bool {
+        fs::read_to_string(MOUNTS).is_ok_and(|mounts| cgroup2_of(&mounts).is_some())
     }
 }
 
@@ -194,7 +203,7 @@ fn make_cgroup() -> Result<(PathBuf, Cgroup)> {
     static MADE: AtomicU64 = AtomicU64::new(0);
     let number = MADE.fetch_add(1, Ordering::Relaxed);
     let name = Path::new(CGROUP_PARENT).join(format!("{}-{number}", std::process::id()));
-    let mounts = fs::read_to_string("/proc/self/mounts").map_err(|source| VmmError::Host {
+    let mounts = fs::read_to_string(MOUNTS).map_err(|source| VmmError::Host {
         what: "look for the cgroups",
         source,
     })?;
