@@ -331,7 +331,7 @@ pub(crate) async fn sh(sandbox: &Sandbox, line: &str) -> String {
     let command = torpor_guest::Command::shell(line);
     let output = sandbox
         .envd()
-        .run(&command, std::time::Duration::from_secs(60))
+        .run(&command, std::time::Duration::from_secs(240))
         .await
         .unwrap_or_else(|error| panic!("{line}: {error}"));
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
