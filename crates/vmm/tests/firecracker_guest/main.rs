@@ -133,7 +133,7 @@ async fn a_drained_guest_stores_less_whether_it_zeroes_what_it_allocates_or_not(
             guest.vm.resume_vcpus().await.unwrap();
         }
         println!("stored MiB without and with the drain: {stored:?}");
-        assert!(stored[1] + 32 <= stored[0], "{stored:?}");
+        assert!(stored[1] + 16 <= stored[0], "{stored:?}");
     }
 }
 
