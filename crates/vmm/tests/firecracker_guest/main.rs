@@ -152,7 +152,7 @@ async fn a_guest_is_resumed_three_generations_deep_with_its_memory_as_it_was() {
         let served = pager.as_ref().map(|(pager, _)| pager);
         let report = drain(&guest, served, Duration::from_secs(120)).await;
         assert_eq!(report.outcome, DrainOutcome::Done);
-        assert!(report.released_bytes + report.discarded_bytes.unwrap_or(0) >= 32 << 20);
+        assert!(report.released_bytes + report.discarded_bytes.unwrap_or(0) >= 16 << 20);
 
         guest.vm.stop_vcpus().await.unwrap();
         // The state first: taking it writes to guest memory.
@@ -173,6 +173,7 @@ async fn a_guest_is_resumed_three_generations_deep_with_its_memory_as_it_was() {
         assert_eq!(guest.ask(&write).await, "ok");
         let disk = fs::read(lab.host.path("layer.img")).unwrap();
         assert_eq!(disk[1 << 20], generation);
-        guest.ask("churn 64").await;
+        // Each page that is written for the first time is a round trip to the pager.
+        guest.ask("churn 16").await;
     }
 }
