@@ -294,7 +294,9 @@ impl Service {
             return Ok(1);
         }
         let zeros = PageRun::new(run.first_page, zeros.min(ZERO_PAGES_MAX));
-        let filled = self.kernel.zero(zeros, true, false);
+        let filled = self
+            .kernel
+            .zero(zeros, !self.zeros_count_as_written(), false);
         self.bulk_filled(state, zeros, filled, SourceKind::Zero, reason)
     }
 
@@ -318,7 +320,13 @@ impl Service {
         match filled {
             Ok(Filled::Bytes(bytes)) => {
                 let pages = (bytes / PAGE_SIZE as u64).clamp(1, run.pages);
-                self.count(state, PageRun::new(run.first_page, pages), content, reason);
+                let filled = PageRun::new(run.first_page, pages);
+                self.count(state, filled, content, reason);
+                if content == SourceKind::Zero && self.zeros_count_as_written() {
+                    for page in filled.first_page..filled.end_page() {
+                        state.machine.written(page);
+                    }
+                }
                 Ok(pages)
             }
             Ok(Filled::Exists) => {
