@@ -28,5 +28,6 @@ mod sandbox;
 pub mod scan;
 mod spec;
 
+pub use fill::ImageSource;
 pub use sandbox::Sandbox;
 pub use spec::GuestSpec;
