@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 # `setup build` is an order: with -j, too. (cargo uses all cores by itself.)
 .NOTPARALLEL:
-.PHONY: setup setup-tests build demo test test-long test-firecracker bench bench-capture bench-pager lint clean help
+.PHONY: setup setup-tests build build-guest demo test test-long test-firecracker bench bench-capture bench-pager lint clean help
 
 TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 # Tests boot the same static agent as the programs do, not the one that `cargo test` links beside them.
@@ -18,20 +18,23 @@ setup: ## get what is missing: apt packages, guest kernel, base root file system
 build: ## build the programs and the guest's agent
 	@scripts/build
 
+build-guest: ## build only what runs in guests, which is all that tests need
+	@scripts/build --guest
+
 demo: setup build ## run the main job on a real guest: target/demo/report.json and report.svg
 	@$(TARGET_DIR)/release/torpor-demo
 
 setup-tests: ## the set-up with what only tests need
 	@scripts/setup --tests
 
-test: setup-tests build ## run every test, real guests included
+test: setup-tests build-guest ## run every test, real guests included
 	@cargo test --locked --workspace
 	@echo "make test: the tests against a real Firecracker were not run (make test-firecracker FIRECRACKER=/path/to/firecracker)"
 
-test-long: setup-tests build ## the same with the models run for thousands of cases, and tests that take long
+test-long: setup-tests build-guest ## the same with the models run for thousands of cases, and tests that take long
 	@PROPTEST_CASES=5000 cargo test --locked --workspace -- --include-ignored && cargo test --locked -p torpor-pager --lib --features shuttle interleavings
 
-test-firecracker: setup build ## test against a real Firecracker: FIRECRACKER=/path/to/firecracker (without KVM: in the lab)
+test-firecracker: setup build-guest ## test against a real Firecracker: FIRECRACKER=/path/to/firecracker (without KVM: in the lab)
 	@scripts/test-firecracker "$(FIRECRACKER)"
 
 bench: setup build ## measure, against the bars that the README names
@@ -50,4 +53,4 @@ clean: ## remove what was built (the set-up's cache stays)
 	@cargo clean
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.* ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.* ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26

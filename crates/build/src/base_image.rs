@@ -29,6 +29,7 @@ use crate::mapping::MappedFile;
 use crate::objects::{OBJECT_MODE, digest_of_file};
 use crate::page::{PAGE_SIZE, ZERO_PAGE, is_zero, to_usize};
 use crate::parallel::{in_parallel, useful_threads};
+use crate::reading::Reading;
 use crate::storage::Storage;
 
 /// Where the indexes are, each under its image's digest.
@@ -136,6 +137,15 @@ impl BaseImage {
     /// [`Error::Damaged`] for a block that is not what it was; what reading gives. `buf` then
     /// holds nothing of use.
     pub fn read_blocks(&self, first_block: u64, buf: &mut [u8]) -> Result<()> {
+        self.read_some_blocks(first_block, buf, Reading::Waiting)
+    }
+
+    pub(crate) fn read_some_blocks(
+        &self,
+        first_block: u64,
+        buf: &mut [u8],
+        reading: Reading,
+    ) -> Result<()> {
         let blocks = (buf.len() / PAGE_SIZE) as u64;
         if !buf.len().is_multiple_of(PAGE_SIZE) {
             return Err(Error::BadBuffer {
@@ -155,7 +165,7 @@ impl BaseImage {
             });
         }
         let offset = first_block * PAGE_SIZE as u64;
-        let read = self.file.read_exact_at(buf, offset);
+        let read = reading.read_exact_at(&self.file, buf, offset);
         read.context("read", &self.path)?;
         for (block, bytes) in (first_block..).zip(buf.chunks_exact(PAGE_SIZE)) {
             if self.index.hash_of(block) != Some(Digest::of(bytes)) {

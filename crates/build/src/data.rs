@@ -38,6 +38,7 @@ use crate::bytes::Bytes;
 use crate::error::{Error, FormatError, IoContext, Result};
 use crate::ids::BuildId;
 use crate::page::{IMAGE_PAGES_MAX, ImageKind, PAGE_SIZE, to_usize};
+use crate::reading::Reading;
 
 const MAGIC: [u8; 8] = *b"torporDT";
 const END_MAGIC: [u8; 8] = *b"torporDE";
@@ -253,6 +254,7 @@ impl DataFile {
         frame: usize,
         stored: &mut Vec<u8>,
         out: &mut [u8],
+        reading: Reading,
     ) -> Result<()> {
         let end = || Error::damaged(&self.path, 0, format!("there is no frame {frame}"));
         let record = *self.frames.get(frame).ok_or_else(end)?;
@@ -268,7 +270,7 @@ impl DataFile {
                     out.len()
                 )));
             }
-            self.read_at(out, record.offset)?;
+            self.read_at(out, record.offset, reading)?;
             return if xxh3_64(out) == record.checksum {
                 Ok(())
             } else {
@@ -276,7 +278,7 @@ impl DataFile {
             };
         }
         stored.resize(stored_bytes, 0);
-        self.read_at(stored, record.offset)?;
+        self.read_at(stored, record.offset, reading)?;
         if xxh3_64(stored) != record.checksum {
             return Err(damaged("the checksum does not match".to_owned()));
         }
@@ -287,10 +289,9 @@ impl DataFile {
         }
     }
 
-    fn read_at(&self, out: &mut [u8], offset: u64) -> Result<()> {
-        self.file
-            .read_exact_at(out, offset)
-            .context("read", &self.path)
+    fn read_at(&self, out: &mut [u8], offset: u64, reading: Reading) -> Result<()> {
+        let read = reading.read_exact_at(&self.file, out, offset);
+        read.context("read", &self.path)
     }
 }
 
@@ -419,7 +420,7 @@ mod tests {
         let (mut stored, mut pages) = (Vec::new(), Vec::new());
         for frame in 0..data.frame_count() {
             pages.resize(data.frame_len(frame), 0);
-            data.read_frame(frame, &mut stored, &mut pages)?;
+            data.read_frame(frame, &mut stored, &mut pages, Reading::Waiting)?;
         }
         Ok(data.len_pages())
     }

@@ -29,6 +29,7 @@ mod objects;
 mod page;
 mod parallel;
 mod reader;
+mod reading;
 mod run_dir;
 mod staging;
 mod stats;

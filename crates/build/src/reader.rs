@@ -9,6 +9,9 @@
 //! As long as a reader lives its build is in use and cannot be deleted; the build keeps its
 //! parents from being deleted, so every layer's file stays where it is.
 //!
+//! Reading may wait for the disk; [`ImageReader::try_read_pages`] never does, and gives what the
+//! host's page cache holds, or nothing.
+//!
 //! Every frame is verified each time that it is read from its file, and so is every block of the
 //! base image, against the index of its blocks. Blocks are read from the one shared image file and
 //! not cached here: all sandboxes share them in the host's cache.
@@ -25,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::ids::{BuildId, Digest};
 use crate::index::{Entry, INDEX_BYTES_MAX, Index, Run};
 use crate::page::{ImageKind, PAGE_SIZE, to_usize};
+use crate::reading::Reading;
 
 /// Most data files that one reader holds open: a keeper has a few readers, and a process may by
 /// default have 1024 files.
@@ -112,6 +116,21 @@ impl ImageReader {
     /// [`Error::OutOfBounds`] past the end, [`Error::BadBuffer`] for a part of a page, and what
     /// reading and verifying the layers' files gives; `buf` then holds nothing of use.
     pub fn read_pages(&self, first_page: u64, buf: &mut [u8]) -> Result<()> {
+        self.read(first_page, buf, Reading::Waiting)
+    }
+
+    /// The same without waiting for anything: whether the host's page cache held all that it takes,
+    /// and all of it verified. If not, `buf` holds nothing of use, and [`Self::read_pages`] says
+    /// more.
+    ///
+    /// What it costs is decoding and verifying: for pages that stand next to each other in one
+    /// layer, that of the frames that they lie in.
+    #[must_use]
+    pub fn try_read_pages(&self, first_page: u64, buf: &mut [u8]) -> bool {
+        self.read(first_page, buf, Reading::AtHand).is_ok()
+    }
+
+    fn read(&self, first_page: u64, buf: &mut [u8], reading: Reading) -> Result<()> {
         let pages = (buf.len() / PAGE_SIZE) as u64;
         if !buf.len().is_multiple_of(PAGE_SIZE) {
             return Err(Error::BadBuffer {
@@ -133,13 +152,13 @@ impl ImageReader {
         let mut rest = buf;
         for run in self.index.runs_in(first_page, pages) {
             let (part, after) = rest.split_at_mut(to_usize(run.pages) * PAGE_SIZE);
-            self.read_run(run, part)?;
+            self.read_run(run, part, reading)?;
             rest = after;
         }
         Ok(())
     }
 
-    fn read_run(&self, run: Run, buf: &mut [u8]) -> Result<()> {
+    fn read_run(&self, run: Run, buf: &mut [u8], reading: Reading) -> Result<()> {
         match run.what {
             Entry::Free | Entry::Removed | Entry::Zero => {
                 buf.fill(0);
@@ -148,13 +167,26 @@ impl ImageReader {
             Entry::Layer {
                 layer,
                 offset_pages,
-            } => self.read_layer(layer, offset_pages, buf),
-            Entry::BaseImage { block } => self.read_base_image(block, buf),
+            } => self.read_layer(layer, offset_pages, buf, reading),
+            Entry::BaseImage { block } => self.read_base_image(block, buf, reading),
         }
     }
 
-    fn read_layer(&self, layer: u32, offset_pages: u64, buf: &mut [u8]) -> Result<()> {
-        let data = self.layer_data(layer)?;
+    fn read_layer(
+        &self,
+        layer: u32,
+        offset_pages: u64,
+        buf: &mut [u8],
+        reading: Reading,
+    ) -> Result<()> {
+        let data = match reading {
+            Reading::Waiting => self.layer_data(layer)?,
+            // Opening it reads its table.
+            Reading::AtHand => self.layers.get_open(layer as usize).ok_or_else(|| {
+                let not_open = std::io::ErrorKind::WouldBlock.into();
+                Error::io("open a layer for", &self.index_path, not_open)
+            })?,
+        };
         let end = offset_pages.saturating_add((buf.len() / PAGE_SIZE) as u64);
         if end > data.len_pages() {
             let what = format!(
@@ -170,9 +202,10 @@ impl ImageReader {
             let part_bytes = rest.len().min((FRAME_PAGES - skip) * PAGE_SIZE);
             let (part, after) = rest.split_at_mut(part_bytes);
             if part.len() == data.frame_len(frame) {
-                SCRATCH.with_borrow_mut(|(stored, _)| data.read_frame(frame, stored, part))?;
+                let mut read = |stored: &mut _| data.read_frame(frame, stored, part, reading);
+                SCRATCH.with_borrow_mut(|(stored, _)| read(stored))?;
             } else {
-                self.read_part(layer, &data, frame, skip, part)?;
+                self.read_part(layer, &data, (frame, skip), part, reading)?;
             }
             (offset, rest) = (offset + part_bytes / PAGE_SIZE, after);
         }
@@ -184,14 +217,14 @@ impl ImageReader {
         &self,
         layer: u32,
         data: &DataFile,
-        frame: usize,
-        skip: usize,
+        (frame, skip): (usize, usize),
         part: &mut [u8],
+        reading: Reading,
     ) -> Result<()> {
         let from = skip * PAGE_SIZE;
         let read = |stored: &mut Vec<u8>, frame_bytes: &mut Vec<u8>| {
             frame_bytes.resize(data.frame_len(frame), 0);
-            data.read_frame(frame, stored, frame_bytes)
+            data.read_frame(frame, stored, frame_bytes, reading)
         };
         let slot = &self.cache[(frame ^ (layer as usize).wrapping_mul(5)) % CACHED_FRAMES];
         SCRATCH.with_borrow_mut(|(stored, decoded)| {
@@ -212,9 +245,9 @@ impl ImageReader {
         })
     }
 
-    fn read_base_image(&self, first_block: u64, buf: &mut [u8]) -> Result<()> {
+    fn read_base_image(&self, first_block: u64, buf: &mut [u8], reading: Reading) -> Result<()> {
         match &self.base_image {
-            Some(image) => image.read_blocks(first_block, buf),
+            Some(image) => image.read_some_blocks(first_block, buf, reading),
             None => Err(Error::damaged(
                 &self.index_path,
                 0,
@@ -317,13 +350,8 @@ impl Layers {
     }
 
     fn get(&self, layer: usize, stranger: impl Fn() -> Error) -> Result<Arc<DataFile>> {
-        let now = self.clock.fetch_add(1, Ordering::Relaxed);
-        {
-            let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
-            if let Some(found) = open.get(layer).ok_or_else(&stranger)? {
-                found.last_used.store(now, Ordering::Relaxed);
-                return Ok(Arc::clone(&found.data));
-            }
+        if let Some(found) = self.get_open(layer) {
+            return Ok(found);
         }
         // Opened without the lock, so that nobody waits for it; two threads may both do it.
         let id = self.ids.get(layer).ok_or_else(&stranger)?;
@@ -343,12 +371,21 @@ impl Layers {
                 open[position] = None;
             }
         }
-        let last_used = AtomicU64::new(now);
+        let last_used = AtomicU64::new(self.clock.fetch_add(1, Ordering::Relaxed));
         open[layer] = Some(OpenLayer {
             data: Arc::clone(&data),
             last_used,
         });
         Ok(data)
+    }
+
+    /// The layer's file, if it is open.
+    fn get_open(&self, layer: usize) -> Option<Arc<DataFile>> {
+        let now = self.clock.fetch_add(1, Ordering::Relaxed);
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        let found = open.get(layer)?.as_ref()?;
+        found.last_used.store(now, Ordering::Relaxed);
+        Some(Arc::clone(&found.data))
     }
 
     fn open_count(&self) -> usize {

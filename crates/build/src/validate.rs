@@ -23,6 +23,7 @@ use crate::manifest::MANIFEST_FILE;
 use crate::objects::digest_with;
 use crate::page::{ImageKind, PAGE_SIZE, to_usize};
 use crate::reader::ImageReader;
+use crate::reading::Reading;
 use crate::storage::list_dir;
 
 /// Blocks of a base image read at a time (1 MiB).
@@ -338,7 +339,7 @@ fn read_frames(
     let (mut stored, mut pages) = (Vec::new(), Vec::new());
     for frame in frames.iter().flat_map(|&(start, end)| start..end) {
         pages.resize(data.frame_len(frame), 0);
-        found.note(data.read_frame(frame, &mut stored, &mut pages));
+        found.note(data.read_frame(frame, &mut stored, &mut pages, Reading::Waiting));
         found.frames += 1;
         advance(FRAME_BYTES as u64);
     }

@@ -99,6 +99,16 @@ pub const RECLAIM_SCAN_REFS: Arm = Arm {
     reclaim: true,
     ..SCAN_REFS
 };
+/// All of them, in the order of the tables.
+pub const ALL: [Arm; 7] = [
+    PLAIN,
+    RECLAIM,
+    DRAIN,
+    RECLAIM_DRAIN,
+    SCAN,
+    SCAN_REFS,
+    RECLAIM_SCAN_REFS,
+];
 
 impl Arm {
     /// What a pause of this arm is told.

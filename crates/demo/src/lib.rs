@@ -13,6 +13,7 @@
 //! baseline     (bench) the same guest through QEMU's own `migrate`, restored eagerly
 //! series       (bench) many resumes: warm, cold, eager, without prefetch
 //! limits       (bench) what the machine itself can do: copying memory, writing a file
+//! program      how the programs begin and end
 //! watch        progress for a person, with and without a terminal
 //! ```
 //!
@@ -28,6 +29,7 @@ pub mod clones;
 pub mod guest_work;
 pub mod limits;
 pub mod picture;
+pub mod program;
 pub mod report;
 pub mod series;
 pub mod targets;

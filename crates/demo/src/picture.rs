@@ -36,28 +36,12 @@ pub fn draw(arms: &[ArmReport]) -> Document {
     let scale = Scale { ram_mib };
     let rows = TOP + ROW * f64::from(u32::try_from(arms.len()).unwrap_or(u32::MAX));
     let height = rows + BOTTOM;
-    let mut picture = Document::new()
-        .set("viewBox", (0, 0, WIDTH, height))
-        .set("width", WIDTH)
-        .set("height", height)
-        .set(
-            "font-family",
-            "system-ui, 'DejaVu Sans', Helvetica, Arial, sans-serif",
-        )
-        .set("role", "img")
-        .add(svg::node::element::Title::new(
-            "Memory that a paused guest's build stores, by way of pausing",
-        ))
-        .add(rectangle(0.0, 0.0, WIDTH, height, "#ffffff"))
-        .add(label("What a paused guest stores", 24.0, 36.0, 20, INK).set("font-weight", 600))
-        .add(label(
-            "uncompressed memory in MiB, through all layers; the same workload, seven ways to pause",
-            24.0,
-            58.0,
-            13,
-            QUIET,
-        ))
-        .add(grid(scale, rows));
+    let heading = Heading {
+        title: "Memory that a paused guest's build stores, by way of pausing",
+        text: "What a paused guest stores",
+        below: "uncompressed memory in MiB, through all layers; the same workload, seven ways to pause",
+    };
+    let mut picture = sheet(WIDTH, height, &heading).add(grid(scale, rows));
     let leanest = arms.iter().map(|arm| arm.memory_stored_bytes).min();
     let mut top = TOP;
     for arm in arms {
@@ -169,6 +153,33 @@ fn legend(y: f64) -> Group {
             13,
             QUIET,
         ))
+}
+
+/// What stands above a picture.
+pub(crate) struct Heading {
+    /// For those who cannot see it.
+    pub(crate) title: &'static str,
+    /// In large letters.
+    pub(crate) text: &'static str,
+    /// In small ones.
+    pub(crate) below: &'static str,
+}
+
+/// An empty picture under its heading.
+pub(crate) fn sheet(width: f64, height: f64, heading: &Heading) -> Document {
+    Document::new()
+        .set("viewBox", (0, 0, width, height))
+        .set("width", width)
+        .set("height", height)
+        .set(
+            "font-family",
+            "system-ui, 'DejaVu Sans', Helvetica, Arial, sans-serif",
+        )
+        .set("role", "img")
+        .add(svg::node::element::Title::new(heading.title))
+        .add(rectangle(0.0, 0.0, width, height, "#ffffff"))
+        .add(label(heading.text, 24.0, 36.0, 20, INK).set("font-weight", 600))
+        .add(label(heading.below, 24.0, 58.0, 13, QUIET))
 }
 
 pub(crate) fn rectangle(x: f64, y: f64, width: f64, height: f64, fill: &str) -> Rectangle {

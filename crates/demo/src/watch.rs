@@ -114,19 +114,3 @@ impl Drop for Stage<'_> {
         }
     }
 }
-
-/// Says why a program ends, and how.
-#[must_use]
-pub fn fail(why: &str) -> std::process::ExitCode {
-    drop(writeln!(io::stderr(), "error: {why}"));
-    std::process::ExitCode::FAILURE
-}
-
-/// Sends the libraries' warnings (or what RUST_LOG asks for) to standard error.
-pub fn log_to_stderr() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter.unwrap_or_else(|_| "warn".into()))
-        .with_writer(io::stderr)
-        .init();
-}

@@ -34,6 +34,11 @@ const FILL_PAGES_MIN: u64 = 16;
 const _: () = assert!(ZERO_PAGES_MAX == FILL_PAGES_MIN, "zeros come in one size");
 const _: () = assert!(FILL_PAGES_MAX <= READ_PAGES_MAX);
 
+/// Pieces of content at hand that one piece of a window may consist of. Each may have to be decoded
+/// (a build whose pages stand apart: 25 µs for a frame), and no event is read meanwhile; what is
+/// left of the piece has its turn after the next look at the events.
+const AT_HAND_MAX: u32 = 4;
+
 /// Windows that wait to be filled. Each belongs to a fault that has been answered, so that only
 /// as many threads as a VMM has can be in want of them; the oldest is dropped for a new one.
 const BACKLOG_WINDOWS_MAX: usize = 64;
@@ -126,6 +131,7 @@ impl Service {
             return 0;
         };
         let mut at = piece.first_page;
+        let mut asked = 0;
         while at < piece.end_page() {
             let rest = PageRun::new(at, piece.end_page() - at);
             let filled = match state.machine.need(at) {
@@ -133,7 +139,14 @@ impl Service {
                 Need::Zero => self.fill_zero_run(state, rest, Reason::Neighbour),
                 Need::Source => match self.source.run_at(at).kind {
                     SourceKind::Zero => self.fill_zero_run(state, rest, Reason::Neighbour),
-                    SourceKind::Data => self.fill_data_at_hand(state, rest),
+                    SourceKind::Data if asked == AT_HAND_MAX => {
+                        state.backlog.push_next(rest);
+                        return at - piece.first_page;
+                    }
+                    SourceKind::Data => {
+                        asked += 1;
+                        self.fill_data_at_hand(state, rest)
+                    }
                 },
             };
             match filled {
@@ -294,7 +307,9 @@ impl Service {
             return Ok(1);
         }
         let zeros = PageRun::new(run.first_page, zeros.min(ZERO_PAGES_MAX));
-        let filled = self.kernel.zero(zeros, true, false);
+        let filled = self
+            .kernel
+            .zero(zeros, !self.zeros_count_as_written(), false);
         self.bulk_filled(state, zeros, filled, SourceKind::Zero, reason)
     }
 
@@ -318,7 +333,13 @@ impl Service {
         match filled {
             Ok(Filled::Bytes(bytes)) => {
                 let pages = (bytes / PAGE_SIZE as u64).clamp(1, run.pages);
-                self.count(state, PageRun::new(run.first_page, pages), content, reason);
+                let filled = PageRun::new(run.first_page, pages);
+                self.count(state, filled, content, reason);
+                if content == SourceKind::Zero && self.zeros_count_as_written() {
+                    for page in filled.first_page..filled.end_page() {
+                        state.machine.written(page);
+                    }
+                }
                 Ok(pages)
             }
             Ok(Filled::Exists) => {

@@ -327,13 +327,14 @@ impl Kernel for HostKernel {
         if !own && !self.zeros_take_memory() {
             return self.uffd.zero(self.addr(run.first_page)?, len_bytes);
         }
-        // ZEROPAGE cannot write-protect, and on shared memory it allocates a page all the same.
+        // ZEROPAGE cannot write-protect, as asynchronous tracking must have it, and on shared memory it
+        // allocates a page all the same.
         let zeros = usize::try_from(len_bytes).unwrap_or(ZEROS.len());
         self.copy(run.first_page, Content::Bytes(&ZEROS[..zeros]), protect)
     }
 
     fn zeros_take_memory(&self) -> bool {
-        self.tracking != WriteTracking::Off || !matches!(self.backing, Backing::Anonymous)
+        self.tracking == WriteTracking::Async || !matches!(self.backing, Backing::Anonymous)
     }
 
     fn unprotect(&self, page: u64) -> io::Result<Filled> {

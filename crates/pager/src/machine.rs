@@ -100,9 +100,10 @@ struct Waiting {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirtyPages {
     /// Pages that the guest wrote: their content must be looked at. None is missing; a page may
-    /// be named that holds what it held before.
+    /// be named that holds what it held before, or (on kernels before 6.7) zeros.
     pub written: PageSet,
-    /// Pages that the guest gave back and did not write since: they are zero, present or not.
+    /// Pages that the guest gave back and did not write since: they are zero, present or not. Before
+    /// 6.7 one that was given back and read again may be named as written instead.
     pub removed: PageSet,
 }
 

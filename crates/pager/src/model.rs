@@ -20,7 +20,7 @@ use proptest::prelude::*;
 
 use crate::failure::FailureSignal;
 use crate::kernel::{Event, Kernel, Waited};
-use crate::machine::{DirtyPages, FaultKind, Machine, Need};
+use crate::machine::{DirtyPages, FaultKind, Machine, Need, Reason};
 use crate::page_set::{PAGE_SIZE, PageRun, PageSet};
 use crate::service::Service;
 use crate::source::{Content as Bytes, PageSource, SourceKind, SourceRun};
@@ -136,6 +136,7 @@ struct Sim {
     cached: bool,
     writes: u64,
     source_reads: u64,
+    source_asked: u64,
 }
 
 fn at(page: u64) -> usize {
@@ -449,15 +450,18 @@ impl World {
         let removed = state.machine.removed_since_resume();
         let dirty = DirtyPages::resolve(&known, removed, &scanned, &there);
         for (page, truth) in (0..PAGES).zip(&sim.truth) {
-            assert_eq!(
-                dirty.written.contains(page),
-                truth.written,
-                "written? page {page}"
-            );
-            assert_eq!(
-                dirty.removed.contains(page),
-                truth.removed,
+            // Zeros that are left open to writes may be named as written, whether they were or not.
+            let named = dirty.written.contains(page);
+            let open = sim.tracking == WriteTracking::Sync && !sim.shared;
+            let zero_named = open && named && truth.content == Content::Zero;
+            assert!(named == truth.written || zero_named, "written? page {page}");
+            assert!(
+                dirty.removed.contains(page) == truth.removed || zero_named,
                 "removed? page {page}"
+            );
+            assert!(
+                !(named && dirty.removed.contains(page)),
+                "both? page {page}"
             );
         }
     }
@@ -598,6 +602,7 @@ impl PageSource for SimSource {
     }
 
     fn at_hand<'a>(&'a self, run: PageRun, buf: &'a mut [u8]) -> Option<Bytes<'a>> {
+        self.0.sim().source_asked += 1;
         if !self.0.sim().cached {
             return None;
         }
@@ -650,6 +655,7 @@ fn world(shared: bool, tracking: WriteTracking) -> (World, Arc<Service>) {
         cached: false,
         writes: 0,
         source_reads: 0,
+        source_asked: 0,
     };
     let world = World {
         sim: Arc::new(Mutex::new(sim)),
@@ -722,4 +728,25 @@ fn a_run_of_zeros_is_prefetched_without_a_read() {
     while service.prefetch_some(&mut Vec::new()) {}
     assert_eq!(service.lock().counters.snapshot(0).pages_prefetched, 8);
     assert_eq!(world.sim().source_reads, 0);
+}
+
+/// Content at hand may have to be decoded: many scattered pieces of it are not fetched in one go.
+#[test]
+fn events_are_read_between_scattered_pieces_of_a_window() {
+    let (world, service) = world(false, WriteTracking::Async);
+    world.sim().cached = true;
+    let mut state = service.lock();
+    for page in (1..16).step_by(2) {
+        let there = world.sim().install(PageRun::new(page, 1), true, in_source);
+        assert_eq!(there, Filled::Bytes(PAGE_SIZE as u64));
+        state.machine.installed(page, Reason::Neighbour);
+    }
+    state.backlog.push(PageRun::new(0, 16));
+    assert_eq!(service.fill_around(&mut state), 8);
+    assert_eq!(world.sim().source_asked, 4);
+    assert!(!state.backlog.is_empty(), "the rest has its turn later");
+    assert_eq!(service.fill_around(&mut state), 8);
+    assert!(state.backlog.is_empty());
+    let absent = |page: &u64| state.machine.need(*page) != Need::Nothing;
+    assert_eq!((0..16).find(absent), None);
 }

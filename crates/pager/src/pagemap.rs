@@ -18,6 +18,8 @@ const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 pub(crate) const WRITTEN: u64 = 1 << 1;
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
+/// The page is the kernel's zero page: nobody wrote it since it was installed as such.
+const ZERO: u64 = 1 << 5;
 
 const ENTRY_PRESENT: u64 = 1 << 63;
 const ENTRY_SWAPPED: u64 = 1 << 62;
@@ -81,7 +83,7 @@ impl Pagemap {
         end: u64,
         sink: &mut dyn FnMut(u64, u64),
     ) -> io::Result<()> {
-        self.scan(start, end, WRITTEN, PRESENT | SWAPPED, sink)
+        self.scan(start, end, (WRITTEN, PRESENT | SWAPPED), WRITTEN, sink)
     }
 
     /// Every page in `start..end` that carries no write-protection: written ones, and those of
@@ -92,15 +94,28 @@ impl Pagemap {
         end: u64,
         sink: &mut dyn FnMut(u64, u64),
     ) -> io::Result<()> {
-        self.scan(start, end, WRITTEN, 0, sink)
+        self.scan(start, end, (WRITTEN, 0), WRITTEN, sink)
+    }
+
+    /// Every page in `start..end` that is the zero page; none on kernels that cannot tell.
+    pub(crate) fn zero_pages(
+        &self,
+        start: u64,
+        end: u64,
+        sink: &mut dyn FnMut(u64, u64),
+    ) -> io::Result<()> {
+        match self.scan(start, end, (ZERO, 0), ZERO, sink) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => Ok(()),
+            result => result,
+        }
     }
 
     fn scan(
         &self,
         start: u64,
         end: u64,
-        all_of: u64,
-        any_of: u64,
+        (all_of, any_of): (u64, u64),
+        returned: u64,
         sink: &mut dyn FnMut(u64, u64),
     ) -> io::Result<()> {
         let mut found = vec![PageRegion::default(); REGIONS_PER_SCAN];
@@ -118,9 +133,9 @@ impl Pagemap {
                 category_inverted: 0,
                 category_mask: all_of,
                 category_anyof_mask: any_of,
-                // Nothing but WRITTEN may be asked back: it keeps runs long, and the kernel
-                // counts unpopulated entries as written only on this path.
-                return_mask: WRITTEN,
+                // Of written pages nothing but WRITTEN may be asked back: it keeps runs long, and
+                // the kernel counts unpopulated entries as written only on this path.
+                return_mask: returned,
             };
             // SAFETY: `arg` is the struct that this request reads and writes, and `vec` names a
             // live buffer of `vec_len` regions that nobody else uses during the call.

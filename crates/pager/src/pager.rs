@@ -327,7 +327,8 @@ impl Pager {
         let (mut scanned, unmapped) = self.scan()?;
         let mut in_doubt = known_written.clone();
         in_doubt.unite(&unmapped);
-        let there = self.there_among(&in_doubt)?;
+        let mut there = self.there_among(&in_doubt)?;
+        there.subtract(&self.zero_pages()?);
         self.check_memory_is_there()?;
         let mut unmapped_there = unmapped;
         unmapped_there.intersect(&there);
@@ -384,6 +385,23 @@ impl Pager {
             }
             Err(error) => Err(host("read the VMM's pagemap")(error)),
         }
+    }
+
+    /// Pages that were installed as the zero page, open to writes, and are it still. Empty where the
+    /// kernel cannot tell, and where no page is installed like that.
+    fn zero_pages(&self) -> Result<PageSet, PagerError> {
+        let mut zero = PageSet::with_capacity_pages(self.span_pages);
+        let open_to_writes = self.tracking == WriteTracking::Sync && self.memfd.is_none();
+        let Some(pagemap) = self.pagemap.as_ref().filter(|_| open_to_writes) else {
+            return Ok(zero);
+        };
+        for region in &self.regions {
+            let mut add = |from, to| zero.insert_run(guest_run(region, from, to));
+            pagemap
+                .zero_pages(region.host_addr, region.host_end(), &mut add)
+                .map_err(host("scan the VMM's page table (PAGEMAP_SCAN)"))?;
+        }
+        Ok(zero)
     }
 
     /// Those of some pages that the kernel holds, in memory or swapped out.

@@ -405,8 +405,13 @@ impl Service {
         // What a guest takes back it writes to: a shared zero page would be broken up at once.
         let own = removed || kind == FaultKind::Write;
         let run = PageRun::new(page, 1);
-        let filled = self.kernel.zero(run, self.protects(kind), own);
+        let open = !own && self.zeros_count_as_written();
+        let filled = self.kernel.zero(run, self.protects(kind) && !open, own);
+        let installed = matches!(filled, Ok(Filled::Bytes(_)));
         if self.fault_filled(state, page, kind, filled, SourceKind::Zero) {
+            if open && installed {
+                state.machine.written(page);
+            }
             match state.backlog.claim(page) {
                 Some(rest) => state.backlog.push_next(rest),
                 None => {
@@ -440,6 +445,14 @@ impl Service {
     /// page that is about to be written need not be protected first.
     fn protects(&self, kind: FaultKind) -> bool {
         !(self.tracking == WriteTracking::Sync && kind == FaultKind::Write)
+    }
+
+    /// Whether zero pages are left open to writes, and held for written. Where each write to a protected
+    /// page is a round trip to us, a guest that takes fresh memory into use would pay one for every page
+    /// of it. Those that still are the kernel's zero page in the end are told from the others then, and
+    /// on kernels that cannot tell whoever captures reads zeros.
+    pub(crate) fn zeros_count_as_written(&self) -> bool {
+        self.tracking == WriteTracking::Sync && !self.kernel.zeros_take_memory()
     }
 
     /// The faulting page's own installation has ended so. Returns whether the page is there.

@@ -10,14 +10,19 @@ use std::os::unix::fs::FileExt as _;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use torpor_build::{ImageReader, PAGE_SIZE};
-use torpor_pager::{PageSource, SourceKind, SourceRun};
+use torpor_pager::{Content, PageRun, PageSource, SourceKind, SourceRun};
 
 /// Pages of a compressed frame: reading one of them reads them all.
 const FRAME_PAGES: u64 = torpor_build::FRAME_PAGES as u64;
 
 /// A build's memory image as the pager's source.
+///
+/// What the host's page cache holds of the build's files, and of the base image that it refers to,
+/// is decoded and verified by the pager's reader itself: handing a page to another thread costs as
+/// much. A run of its pages stands together in one layer, so that what one question costs is
+/// bounded: [`FILL_PAGES_MAX`](torpor_pager::FILL_PAGES_MAX) pages lie in five frames at most.
 #[derive(Debug)]
-pub(crate) struct ImageSource(pub(crate) std::sync::Arc<ImageReader>);
+pub struct ImageSource(pub std::sync::Arc<ImageReader>);
 
 impl PageSource for ImageSource {
     fn run_at(&self, page: u64) -> SourceRun {
@@ -43,6 +48,11 @@ impl PageSource for ImageSource {
 
     fn read(&self, first_page: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.read_pages(first_page, buf).map_err(io::Error::other)
+    }
+
+    fn at_hand<'a>(&'a self, run: PageRun, buf: &'a mut [u8]) -> Option<Content<'a>> {
+        let read = self.0.try_read_pages(run.first_page, buf);
+        read.then_some(Content::Bytes(buf))
     }
 
     fn block_pages(&self) -> u64 {

@@ -30,5 +30,6 @@ pub mod scan;
 mod spec;
 pub mod vmm;
 
+pub use fill::ImageSource;
 pub use sandbox::Sandbox;
 pub use spec::GuestSpec;

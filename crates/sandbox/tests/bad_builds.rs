@@ -157,26 +157,28 @@ async fn another_qemus_build_is_refused_with_both_versions_and_the_next_step() {
     let template = template(&host).await;
     let parent = host.storage().open_build(&template).unwrap();
     let ours = host.vmm().version().to_owned();
+    // This host's VMM was chosen by name, so that another one is not looked for.
     let others: [fn(&mut BuildInfo); 3] = [
         |info| info.vmm.version = "6.0.0".to_owned(),
         |info| info.vmm.accel = "kvm".to_owned(),
         |info| info.vmm.name = "firecracker".to_owned(),
     ];
     let mut cleanup = Cleanup(host.storage(), Vec::new());
-    for (change, words) in
-        others
-            .into_iter()
-            .zip([["6.0.0", &ours], ["kvm", "tcg"], ["firecracker", "qemu"]])
-    {
+    for (change, words) in others.into_iter().zip([
+        ["6.0.0", &ours, "install"],
+        ["kvm", "tcg", "install"],
+        [
+            "firecracker",
+            "--vmm qemu was asked for",
+            "or say --vmm firecracker",
+        ],
+    ]) {
         let id = same_but(&parent, change);
         cleanup.1.push(id);
         let error = refused(&host, &id, &ResumeOptions::default())
             .await
             .to_string();
-        for word in words
-            .into_iter()
-            .chain([id.to_string().as_str(), "install"])
-        {
+        for word in words.into_iter().chain([id.to_string().as_str()]) {
             assert!(error.contains(word), "{word}: {error}");
         }
     }

@@ -6,9 +6,10 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use torpor_build::{FRAME_PAGES, ImageReader, Storage};
+use torpor_build::Storage;
 use torpor_pager::server::{Server, ServerConfig, ServerReport, StopHandle};
-use torpor_pager::{FileSource, PageRun, PageSource, SourceKind, SourceRun};
+use torpor_pager::{FileSource, PageRun, PageSource};
+use torpor_sandbox::ImageSource;
 
 use crate::cli::PagerArgs;
 use crate::context::{Context, blocking};
@@ -118,7 +119,11 @@ fn source(storage: Option<&Storage>, args: &PagerArgs) -> Result<Content, CliErr
         let recorded = recorded.unwrap_or_else(|| build.manifest().info.working_set.clone());
         let runs = recorded.iter();
         let prefetch = runs.map(|run| PageRun::new(run.first_page, run.pages));
-        return Ok((Arc::new(BuildSource(image)), len_pages, prefetch.collect()));
+        return Ok((
+            Arc::new(ImageSource(Arc::new(image))),
+            len_pages,
+            prefetch.collect(),
+        ));
     }
     let Some(path) = &args.memfile else {
         let missing = "give --build or --memfile";
@@ -128,38 +133,6 @@ fn source(storage: Option<&Storage>, args: &PagerArgs) -> Result<Content, CliErr
     let file = file.map_err(CliError::system("open the memory file"))?;
     let len_pages = file.len_pages();
     Ok((Arc::new(file), len_pages, Vec::new()))
-}
-
-/// A build's memory image, as the pager reads it.
-struct BuildSource(ImageReader);
-
-impl PageSource for BuildSource {
-    fn run_at(&self, page: u64) -> SourceRun {
-        let Some(run) = self.0.index().run_at(page) else {
-            return SourceRun {
-                pages: u64::MAX - page,
-                kind: SourceKind::Zero,
-            };
-        };
-        let kind = if run.what.reads_as_zero() {
-            SourceKind::Zero
-        } else {
-            SourceKind::Data
-        };
-        SourceRun {
-            pages: run.pages,
-            kind,
-        }
-    }
-
-    fn read(&self, first_page: u64, buf: &mut [u8]) -> io::Result<()> {
-        let read = self.0.read_pages(first_page, buf);
-        read.map_err(io::Error::other)
-    }
-
-    fn block_pages(&self) -> u64 {
-        FRAME_PAGES as u64
-    }
 }
 
 /// Whole or not at all: whoever looks sees the last report or the one before.

@@ -16,8 +16,8 @@
 //! | `vm`, `incoming` | the two kinds of machine |
 //!
 //! Guest memory is private to Firecracker: it is read by /proc/PID/mem, and only where
-//! /proc/PID/pagemap calls a page present, because reading an absent page of a resumed guest waits
-//! for whoever serves its page faults.
+//! /proc/PID/pagemap calls a page present, because reading an absent page of a resumed guest fails, or
+//! waits for whoever serves its page faults.
 
 mod api;
 mod balloon;

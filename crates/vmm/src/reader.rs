@@ -2,8 +2,8 @@
 //!
 //! Two kinds: a memfd of ours, whose holes are absent pages, and memory that is private to the VMM,
 //! read by /proc/PID/mem. In both, what is absent must not be read blindly: of a memfd it says
-//! nothing but zero, and in private memory under userfaultfd a read *waits for the page*, for ever
-//! if it is the pager itself that reads. So [`GuestReader::present`] comes first.
+//! nothing but zero, and in private memory under userfaultfd a read fails (EIO on 6.12) or *waits for
+//! the page*, by the host's kernel: for ever if it is the pager itself that reads. So [`GuestReader::present`] comes first.
 //!
 //! The vCPUs must stand still, and discards must have settled: presence is looked at, not locked.
 

@@ -10,10 +10,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 use clap::Parser;
 use serde::Serialize;
-use torpor_demo::arms::{
-    Arm, ArmReport, DRAIN, PLAIN, RECLAIM, RECLAIM_DRAIN, RECLAIM_SCAN_REFS, SCAN, SCAN_REFS,
-    prepare,
-};
+use torpor_demo::arms::{self, ArmReport, prepare};
 use torpor_demo::bench_space::BenchSpace;
 use torpor_demo::capture::fragmented::{self, Fragmented};
 use torpor_demo::capture::pauses::{self, PauseLimit, PauseSeries};
@@ -23,21 +20,12 @@ use torpor_demo::capture::summary::{self, Line, Measured};
 use torpor_demo::capture::warm::{self, Warm};
 use torpor_demo::capture::{picture, tables};
 use torpor_demo::elapsed_ms;
+use torpor_demo::program::run_to_end;
 use torpor_demo::report::{self, write_json};
 use torpor_demo::templates::Templates;
 use torpor_demo::watch::Watch;
 use torpor_sandbox::host::Host;
 
-/// In the order of the table.
-const ARMS: [Arm; 7] = [
-    PLAIN,
-    RECLAIM,
-    DRAIN,
-    RECLAIM_DRAIN,
-    SCAN,
-    SCAN_REFS,
-    RECLAIM_SCAN_REFS,
-];
 /// The templates, the sizes and the lazily resumed guest, the fragmented guests, the warm resumes, the
 /// peers' two guests.
 const STAGES_FIXED: u64 = 3 + SIZES.len() as u64 + 1 + 2 + 1 + 2;
@@ -87,30 +75,14 @@ struct CaptureReport {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    torpor_demo::watch::log_to_stderr();
-    let args = Args::parse();
-    let done = tokio::select! {
-        done = Box::pin(run(&args)) => done,
-        // Dropping the run kills its guests and removes what was staged.
-        _ = tokio::signal::ctrl_c() => return ExitCode::from(130),
-    };
-    match done {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => {
-            torpor_demo::watch::fail("a resumed guest was not as it should be: look for NO above")
-        }
-        Err(error) => torpor_demo::watch::fail(&format!("{error:#}")),
-    }
+    run_to_end(run, "NO").await
 }
 
-async fn run(args: &Args) -> Result<bool> {
+async fn run(args: Args) -> Result<bool> {
     let space = BenchSpace::open(&args.out)?;
     let host = space.host(None).await?;
     let report = Box::pin(measure(&host, &space.file(""), args.iterations)).await?;
-    let json = args
-        .json
-        .clone()
-        .unwrap_or_else(|| space.file("report.json"));
+    let json = args.json.unwrap_or_else(|| space.file("report.json"));
     write_json(&report, &json)?;
     let svg = space.file("report.svg");
     svg::save(&svg, &picture::draw(&measured(&report)))
@@ -132,11 +104,11 @@ async fn run(args: &Args) -> Result<bool> {
 async fn measure(host: &Host, dir: &Path, iterations: u32) -> Result<CaptureReport> {
     let started = Instant::now();
     let rounds = u64::from(iterations) * STAGES_PER_ROUND;
-    let watch = Watch::new(STAGES_FIXED + ARMS.len() as u64 * STAGES_PER_ARM + rounds);
+    let watch = Watch::new(STAGES_FIXED + arms::ALL.len() as u64 * STAGES_PER_ARM + rounds);
     let templates = Templates::build(host, &watch).await?;
     let scan = Box::pin(scan_time::run(host, iterations, &watch)).await?;
     let mut arms = Vec::new();
-    for arm in ARMS {
+    for arm in arms::ALL {
         let prepared = Box::pin(prepare(host, &templates, arm, &watch)).await?;
         arms.push(Box::pin(prepared.pause(host, &watch)).await?.0);
     }

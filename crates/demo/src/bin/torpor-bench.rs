@@ -13,6 +13,7 @@ use torpor_demo::baseline::{self, Baseline};
 use torpor_demo::bench_space::BenchSpace;
 use torpor_demo::limits::{self, Limit};
 use torpor_demo::mib;
+use torpor_demo::program::run_to_end;
 use torpor_demo::report::{self, table, write_json};
 use torpor_demo::series::{self, Mode, Series};
 use torpor_demo::targets::{Target, targets};
@@ -75,23 +76,10 @@ struct Ratios {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    torpor_demo::watch::log_to_stderr();
-    let args = Args::parse();
-    let done = tokio::select! {
-        done = Box::pin(run(&args)) => done,
-        // Dropping the run kills its guests and removes what was staged.
-        _ = tokio::signal::ctrl_c() => return ExitCode::from(130),
-    };
-    match done {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => {
-            torpor_demo::watch::fail("a resumed guest was not as it should be: look for NO above")
-        }
-        Err(error) => torpor_demo::watch::fail(&format!("{error:#}")),
-    }
+    run_to_end(run, "NO").await
 }
 
-async fn run(args: &Args) -> Result<bool> {
+async fn run(args: Args) -> Result<bool> {
     let space = BenchSpace::open(&args.out)?;
     let host = space.host(None).await?;
     let watch = Watch::new(STAGES);
@@ -141,10 +129,7 @@ async fn run(args: &Args) -> Result<bool> {
         limits,
         verified,
     };
-    let json = args
-        .json
-        .clone()
-        .unwrap_or_else(|| space.file("report.json"));
+    let json = args.json.unwrap_or_else(|| space.file("report.json"));
     write_json(&report, &json)?;
     let mut out = std::io::stdout().lock();
     writeln!(

@@ -10,12 +10,10 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use torpor_demo::arms::{
-    Arm, ArmReport, DRAIN, PLAIN, RECLAIM, RECLAIM_DRAIN, RECLAIM_SCAN_REFS, SCAN, SCAN_REFS,
-    prepare,
-};
+use torpor_demo::arms::{self, ArmReport, prepare};
 use torpor_demo::bench_space::BenchSpace;
 use torpor_demo::clones::resume_twice;
+use torpor_demo::program::run_to_end;
 use torpor_demo::report::{self, DemoReport, REPORT_VERSION, write_json};
 use torpor_demo::templates::Templates;
 use torpor_demo::watch::Watch;
@@ -24,18 +22,8 @@ use torpor_sandbox::host::Host;
 use torpor_sandbox::vmm::VmmKind;
 use torpor_workload::Check;
 
-/// In the order of the table.
-const ARMS: [Arm; 7] = [
-    PLAIN,
-    RECLAIM,
-    DRAIN,
-    RECLAIM_DRAIN,
-    SCAN,
-    SCAN_REFS,
-    RECLAIM_SCAN_REFS,
-];
 /// Three templates, three stages for each arm, and the clones.
-const STAGES: u64 = 3 + 3 * ARMS.len() as u64 + 1;
+const STAGES: u64 = 3 + 3 * arms::ALL.len() as u64 + 1;
 
 /// Show torpor's main job on a real Linux guest: seven ways to pause, each resumed and verified.
 #[derive(Debug, Parser)]
@@ -56,23 +44,10 @@ struct Args {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    torpor_demo::watch::log_to_stderr();
-    let args = Args::parse();
-    let done = tokio::select! {
-        done = Box::pin(run(&args)) => done,
-        // Dropping the run kills its guests and removes what was staged.
-        _ = tokio::signal::ctrl_c() => return ExitCode::from(130),
-    };
-    match done {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => torpor_demo::watch::fail(
-            "not everything is as it should be: look for NO and DAMAGED above",
-        ),
-        Err(error) => torpor_demo::watch::fail(&format!("{error:#}")),
-    }
+    run_to_end(run, "NO and DAMAGED").await
 }
 
-async fn run(args: &Args) -> Result<bool> {
+async fn run(args: Args) -> Result<bool> {
     let started = Instant::now();
     let space = BenchSpace::open(&args.out)?;
     let host = space.host(args.vmm).await?;
@@ -128,7 +103,7 @@ async fn run_arms(
 ) -> Result<(Vec<ArmReport>, Check)> {
     let mut reports = Vec::new();
     let mut last = None;
-    for arm in ARMS {
+    for arm in arms::ALL {
         let prepared = Box::pin(prepare(host, templates, arm, watch)).await?;
         let (report, before) = Box::pin(prepared.pause(host, watch)).await?;
         reports.push(report);

@@ -11,7 +11,7 @@ use super::scan_time::ScanTimes;
 use super::summary::Measured;
 use super::warm::Warm;
 use crate::arms::{ArmReport, SCAN_REFS};
-use crate::picture::{FULL, INK, LEANEST, QUIET, STORED, label, line, rectangle};
+use crate::picture::{FULL, Heading, INK, LEANEST, QUIET, STORED, label, line, rectangle, sheet};
 use crate::{MIB, mib, ratio};
 
 const WIDTH: f64 = 860.0;
@@ -105,27 +105,12 @@ pub fn draw(measured: &Measured<'_>) -> Document {
         peers(measured.peers),
     ];
     let height = TOP + panels.iter().map(Panel::height).sum::<f64>() + 20.0;
-    let mut picture = Document::new()
-        .set("viewBox", (0, 0, WIDTH, height))
-        .set("width", WIDTH)
-        .set("height", height)
-        .set(
-            "font-family",
-            "system-ui, 'DejaVu Sans', Helvetica, Arial, sans-serif",
-        )
-        .set("role", "img")
-        .add(svg::node::element::Title::new(
-            "Exact capture, beside its targets and its peers",
-        ))
-        .add(rectangle(0.0, 0.0, WIDTH, height, "#ffffff"))
-        .add(label("Exact capture", 24.0, 34.0, 20, INK).set("font-weight", 600))
-        .add(label(
-            "green: torpor's scan and references; dashed: the target",
-            24.0,
-            54.0,
-            13,
-            QUIET,
-        ));
+    let heading = Heading {
+        title: "Exact capture, beside its targets and its peers",
+        text: "Exact capture",
+        below: "green: torpor's scan and references; dashed: the target",
+    };
+    let mut picture = sheet(WIDTH, height, &heading);
     let mut top = TOP;
     for panel in &panels {
         picture = picture.add(panel.draw(top));

@@ -16,7 +16,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::json;
-use tokio::fs;
 use tokio::task::JoinHandle;
 
 use crate::error::{Result, VmmError};
@@ -24,7 +23,7 @@ use crate::firecracker::api::ApiError;
 use crate::firecracker::binary::FirecrackerBinary;
 use crate::firecracker::config::names;
 use crate::firecracker::handshake::{Handshake, HandshakeSocket};
-use crate::firecracker::instance::{Instance, file_error};
+use crate::firecracker::instance::Instance;
 use crate::firecracker::vm::FirecrackerVm;
 use crate::machine::{MachineConfig, VmmIdentity};
 use crate::memory::MemoryMapping;
@@ -58,9 +57,7 @@ pub async fn prepare_resume(
 ) -> Result<IncomingFirecracker> {
     let instance = Instance::start(binary, machine, None, dir, console_log).await?;
     let socket = HandshakeSocket::bind(&instance.dir.socket(names::PAGER_SOCKET))?;
-    instance
-        .dir
-        .hand_over("pager's socket", names::PAGER_SOCKET)?;
+    instance.dir.hand_over(names::PAGER_SOCKET)?;
     Ok(IncomingFirecracker {
         instance,
         socket,
@@ -88,10 +85,8 @@ impl IncomingFirecracker {
     /// # Errors
     /// Firecracker refuses the state, dies over it, or hands over something else.
     pub async fn hand_over(&mut self, vmstate: &[u8]) -> Result<Handshake> {
-        let path = self.instance.dir.join(names::STATE);
-        let written = fs::write(&path, vmstate).await;
-        written.map_err(|source| file_error("device state", &path, source))?;
-        self.instance.dir.hand_over("device state", names::STATE)?;
+        let dir = &self.instance.dir;
+        dir.write("device state", names::STATE, vmstate).await?;
         let api = self.instance.api.clone();
         // Sockets and drives are found by name in this machine's directory: nothing to override.
         let body = json!({
@@ -157,8 +152,8 @@ impl IncomingFirecracker {
             Ok(Ok(())) => {}
             failed => return Err(self.why_not(failed).await),
         }
-        let path = self.instance.dir.join(names::STATE);
-        if let Err(error) = fs::remove_file(&path).await {
+        let dir = &self.instance.dir;
+        if let Err(error) = dir.remove("device state", names::STATE).await {
             tracing::debug!("the loaded device state stays behind: {error}");
         }
         self.instance.open_agent_channel(false)?;

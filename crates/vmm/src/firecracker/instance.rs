@@ -3,20 +3,27 @@
 //! A machine has a directory of its own, which is made empty by the caller, who also removes it, with
 //! all that is in it. It is Firecracker's working directory, or holds the jail that it sees. Everything
 //! that a device state names lies there, by links or mounts where it belongs elsewhere.
+//!
+//! In a jail that directory belongs to the jail's user, and what lies there may be the work of a guest
+//! that has broken out. So no link is followed in it once a guest has run, and sockets are held from
+//! before that.
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{OpenOptionsExt, chown, symlink};
+use std::os::unix::fs::{OpenOptionsExt, fchown, lchown, symlink};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::fs::{FileType, Mode, OFlags, fstat, openat};
+use rustix::io::Errno;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep};
 
@@ -67,22 +74,96 @@ impl MachineDir {
         }
     }
 
-    pub(super) fn join(&self, name: &str) -> PathBuf {
+    fn join(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
 
-    /// The short path of a socket in it, for this process.
+    /// The short path of a socket in it that we make, for this process.
     pub(super) fn socket(&self, name: &str) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd()))
     }
 
-    /// Gives what we made in it to the jail's user, if there is one.
-    pub(super) fn hand_over(&self, role: &'static str, name: &str) -> Result<()> {
+    /// A socket in it that Firecracker has made, held so that its name can stand for nothing else later.
+    pub(super) fn hold_socket(&self, name: &'static str) -> Result<HeldSocket> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let held = openat(&self.fd, name, flags, Mode::empty()).and_then(|fd| {
+            let kind = FileType::from_raw_mode(fstat(&fd)?.st_mode);
+            match kind {
+                FileType::Socket => Ok(HeldSocket(Arc::new(fd))),
+                _ => Err(Errno::NOTSOCK),
+            }
+        });
+        held.map_err(|e| file_error("Firecracker's socket", &self.join(name), e.into()))
+    }
+
+    /// Gives a socket that we made in it to the jail's user, if there is one.
+    pub(super) fn hand_over(&self, name: &'static str) -> Result<()> {
         let Some((uid, gid)) = self.owner else {
             return Ok(());
         };
         let path = self.socket(name);
-        chown(&path, Some(uid), Some(gid)).map_err(|e| file_error(role, &path, e))
+        lchown(&path, Some(uid), Some(gid)).map_err(|e| file_error("socket", &path, e))
+    }
+
+    /// Makes a file for Firecracker to read.
+    pub(super) async fn write(&self, role: &'static str, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.join(name);
+        let mut options = tokio::fs::OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        let written = async {
+            let mut file = options.open(&path).await?;
+            file.write_all(bytes).await?;
+            file.flush().await?;
+            match self.owner {
+                Some((uid, gid)) => fchown(file.into_std().await, Some(uid), Some(gid)),
+                None => Ok(()),
+            }
+        };
+        written.await.map_err(|e| file_error(role, &path, e))
+    }
+
+    /// Reads a file that Firecracker has made, and removes it. `None`: it is longer than that.
+    pub(super) async fn take(
+        &self,
+        role: &'static str,
+        name: &str,
+        len_max: u64,
+    ) -> Result<Option<Vec<u8>>> {
+        let path = self.join(name);
+        let mut options = tokio::fs::OpenOptions::new();
+        // Whoever has broken out of the guest may have put anything there.
+        options
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+        let taken = async {
+            let file = options.open(&path).await?;
+            if !file.metadata().await?.is_file() {
+                return Err(io::Error::other("it is no file"));
+            }
+            let mut bytes = Vec::new();
+            file.take(len_max + 1).read_to_end(&mut bytes).await?;
+            // One that is left over must never be taken for a newer one.
+            tokio::fs::remove_file(&path).await?;
+            Ok((bytes.len() as u64 <= len_max).then_some(bytes))
+        };
+        taken.await.map_err(|e| file_error(role, &path, e))
+    }
+
+    pub(super) async fn remove(&self, role: &'static str, name: &str) -> Result<()> {
+        let path = self.join(name);
+        let removed = tokio::fs::remove_file(&path).await;
+        removed.map_err(|e| file_error(role, &path, e))
+    }
+}
+
+/// A socket, whatever becomes of its name.
+#[derive(Debug, Clone)]
+pub(super) struct HeldSocket(Arc<OwnedFd>);
+
+impl HeldSocket {
+    /// For this process, as long as this is kept.
+    pub(super) fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
     }
 }
 
@@ -177,6 +258,8 @@ pub(super) struct Instance {
     pub(super) memory_bytes: u64,
     pub(super) dir: MachineDir,
     pub(super) api: Api,
+    /// What `api` connects to.
+    _api_socket: Option<HeldSocket>,
     agent: Mutex<Option<UnixStream>>,
     carrier: Mutex<Option<Carrier>>,
 }
@@ -216,17 +299,21 @@ impl Instance {
         })
         .await?;
         let api = Api::at(&start.dir.socket(names::API_SOCKET));
-        let instance = Self {
+        let mut instance = Self {
             identity: binary.identity(),
             version: binary.version,
             process,
             memory_bytes: machine.memory_bytes,
             dir: start.dir,
             api,
+            _api_socket: None,
             agent: Mutex::new(None),
             carrier: Mutex::new(None),
         };
         instance.wait_for_api().await?;
+        let socket = instance.dir.hold_socket(names::API_SOCKET)?;
+        instance.api = Api::at(&socket.path());
+        instance._api_socket = Some(socket);
         if binary.jail.is_some() {
             instance.process.die_with_us()?;
         }
@@ -255,8 +342,14 @@ impl Instance {
 
     /// Makes the channel to the guest's agent, and begins to try for it when the vCPUs run.
     pub(super) fn open_agent_channel(&self, running: bool) -> Result<()> {
-        let vsock = self.dir.socket(names::VSOCK);
-        let opened = channel::open(vsock, running, self.process.ended());
+        let vsock = self.dir.hold_socket(names::VSOCK)?;
+        let (path, ended) = (vsock.path(), self.process.ended());
+        let ended = async move {
+            ended.await;
+            // Kept for as long as the carrier may connect to it.
+            drop(vsock);
+        };
+        let opened = channel::open(path, running, ended);
         let (agent, carrier) = opened.map_err(|source| VmmError::Host {
             what: "make the agent's channel",
             source,

@@ -10,13 +10,12 @@
 //! machine whose vCPUs run is not told to resume, and one that was stopped without its state being
 //! taken has it taken, for the event alone, before it goes on: else no byte would reach its agent again.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::json;
-use tokio::fs;
 use tokio::net::UnixStream;
 
 use crate::error::{Result, VmmError};
@@ -25,14 +24,16 @@ use crate::firecracker::balloon::{InstalledBalloon, install_balloon};
 use crate::firecracker::binary::{FirecrackerBinary, Version};
 use crate::firecracker::config::{self, names, ram_layout};
 use crate::firecracker::drain::drain_balloon;
-use crate::firecracker::instance::{Instance, REQUEST_DEADLINE, file_error};
+use crate::firecracker::instance::{Instance, REQUEST_DEADLINE};
 use crate::firecracker::memory::locate;
 use crate::machine::{BootSource, MachineConfig, VmmIdentity};
 use crate::memory::{GuestMemory, MemoryMapping, RamSegment};
-use crate::vmm::{DiscardedBytes, DrainReport, Vmm, VmmExit};
+use crate::vmm::{DiscardedBytes, DrainOutcome, DrainReport, Vmm, VmmExit};
 
 /// The largest device state. A small guest's has 20 to 40 KB.
 const STATE_BYTES_MAX: u64 = 64 << 20;
+/// What the file is called in errors.
+const STATE_ROLE: &str = "device state";
 /// What Firecracker is told to write the guest's memory to: its directory, which no one can write
 /// to as a file.
 const NOWHERE: &str = ".";
@@ -120,7 +121,7 @@ impl FirecrackerVm {
     /// Takes the device state without the memory. Firecracker writes the state first, then opens
     /// the memory's file, which it cannot: so the guest stands still for the state alone, and
     /// nothing of its memory is copied twice. The guest's connections are over then.
-    async fn save_to_file(&self) -> Result<PathBuf> {
+    async fn save_to_file(&self) -> Result<()> {
         self.instance.set_agent_reachable(false);
         let body = json!({
             "snapshot_type": "Full",
@@ -135,7 +136,7 @@ impl FirecrackerVm {
                 source: ApiError::Refused { fault_message, .. },
             }) if fault_message.contains(NOWHERE_REFUSED) => {
                 self.reset_waits.store(true, Ordering::Relaxed);
-                return Ok(self.instance.dir.join(names::STATE));
+                return Ok(());
             }
             Err(VmmError::Api {
                 source: ApiError::Refused { fault_message, .. },
@@ -153,9 +154,7 @@ impl FirecrackerVm {
     /// the same: only its agent is out of reach, and the next state gives it back.
     async fn end_connections(&self) -> Result<()> {
         match self.save_to_file().await {
-            Ok(path) => fs::remove_file(&path)
-                .await
-                .map_err(|source| file_error("device state", &path, source)),
+            Ok(()) => self.instance.dir.remove(STATE_ROLE, names::STATE).await,
             Err(error @ VmmError::Died { .. }) => Err(error),
             Err(error) => {
                 tracing::warn!(
@@ -230,23 +229,23 @@ impl Vmm for FirecrackerVm {
                 state,
             });
         }
-        let path = self.save_to_file().await?;
-        let failed = |source| file_error("device state", &path, source);
-        let len = fs::metadata(&path).await.map_err(failed)?.len();
-        if len > STATE_BYTES_MAX {
-            return Err(VmmError::StateTooLarge {
-                limit_bytes: usize::try_from(STATE_BYTES_MAX).unwrap_or(usize::MAX),
-            });
-        }
-        let bytes = fs::read(&path).await.map_err(failed)?;
-        // One that is left over must never be taken for a newer one.
-        fs::remove_file(&path).await.map_err(failed)?;
-        Ok(bytes)
+        self.save_to_file().await?;
+        let dir = &self.instance.dir;
+        let state = dir.take(STATE_ROLE, names::STATE, STATE_BYTES_MAX).await?;
+        state.ok_or_else(|| VmmError::StateTooLarge {
+            limit_bytes: usize::try_from(STATE_BYTES_MAX).unwrap_or(usize::MAX),
+        })
     }
 
     async fn drain(&self, ceiling: Duration, discarded: Option<DiscardedBytes<'_>>) -> DrainReport {
         let held = || self.held_bytes();
-        drain_balloon(&self.instance.api, ceiling, &held, discarded).await
+        let mut report = drain_balloon(&self.instance.api, ceiling, &held, discarded).await;
+        if let (DrainOutcome::Failed(why), Some(exit)) =
+            (&mut report.outcome, self.instance.process.exited())
+        {
+            *why = format!("the VMM {exit}");
+        }
+        report
     }
 
     async fn wait_exit(&self) -> VmmExit {

@@ -133,7 +133,7 @@ async fn a_drained_guest_stores_less_whether_it_zeroes_what_it_allocates_or_not(
             guest.vm.resume_vcpus().await.unwrap();
         }
         println!("stored MiB without and with the drain: {stored:?}");
-        assert!(stored[1] + 32 <= stored[0], "{stored:?}");
+        assert!(stored[1] + 16 <= stored[0], "{stored:?}");
     }
 }
 
@@ -152,7 +152,7 @@ async fn a_guest_is_resumed_three_generations_deep_with_its_memory_as_it_was() {
         let served = pager.as_ref().map(|(pager, _)| pager);
         let report = drain(&guest, served, Duration::from_secs(120)).await;
         assert_eq!(report.outcome, DrainOutcome::Done);
-        assert!(report.released_bytes + report.discarded_bytes.unwrap_or(0) >= 32 << 20);
+        assert!(report.released_bytes + report.discarded_bytes.unwrap_or(0) >= 16 << 20);
 
         guest.vm.stop_vcpus().await.unwrap();
         // The state first: taking it writes to guest memory.
@@ -173,6 +173,7 @@ async fn a_guest_is_resumed_three_generations_deep_with_its_memory_as_it_was() {
         assert_eq!(guest.ask(&write).await, "ok");
         let disk = fs::read(lab.host.path("layer.img")).unwrap();
         assert_eq!(disk[1 << 20], generation);
-        guest.ask("churn 64").await;
+        // Each page that is written for the first time is a round trip to the pager.
+        guest.ask("churn 16").await;
     }
 }
