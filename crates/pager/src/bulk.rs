@@ -166,13 +166,11 @@ impl Service {
         let Some(absent) = state.machine.next_absent(data, Need::Source) else {
             return Ok(pages);
         };
-        let mut scratch = std::mem::take(&mut state.scratch);
-        scratch.resize(bytes(absent.pages), 0);
+        let buf = state.scratch.first(absent.pages);
         let filled = self
             .source
-            .at_hand(absent, &mut scratch)
+            .at_hand(absent, buf)
             .map(|content| self.kernel.copy(absent.first_page, content, true));
-        state.scratch = scratch;
         match filled {
             None | Some(Ok(Filled::Missing)) => Ok(absent.pages),
             Some(filled) => {
@@ -451,13 +449,32 @@ impl Service {
     }
 }
 
+/// A buffer that only grows. What is in it is what was left there.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    bytes: Vec<u8>,
+}
+
+impl Scratch {
+    /// Room for so many pages.
+    pub(crate) fn first(&mut self, pages: u64) -> &mut [u8] {
+        let len_bytes = bytes(pages);
+        if self.bytes.len() < len_bytes {
+            // Not resized: pages of it that nobody fills (content that is lent instead) are then
+            // never touched.
+            self.bytes = vec![0; len_bytes];
+        }
+        &mut self.bytes[..len_bytes]
+    }
+}
+
 /// The bytes of some pages in a buffer that starts at the first page of `whole`.
 pub(crate) fn slice(whole: PageRun, first_page: u64, pages: u64, data: &[u8]) -> &[u8] {
     let start = bytes(first_page - whole.first_page);
     &data[start..start + bytes(pages)]
 }
 
-pub(crate) fn bytes(pages: u64) -> usize {
+fn bytes(pages: u64) -> usize {
     usize::try_from(pages)
         .unwrap_or(usize::MAX)
         .saturating_mul(PAGE_SIZE)

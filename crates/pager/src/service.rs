@@ -35,7 +35,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::around::Around;
-use crate::bulk::{Backlog, bytes, piece_pages, slice};
+use crate::bulk::{Backlog, Scratch, piece_pages, slice};
 use crate::error::PagerFailure;
 use crate::failure::FailureSignal;
 use crate::kernel::{Event, Kernel};
@@ -75,8 +75,8 @@ pub(crate) struct State {
     pub(crate) backlog: Backlog,
     around: Around,
     events: Vec<Event>,
-    /// For content at hand, one piece long.
-    pub(crate) scratch: Vec<u8>,
+    /// For content at hand.
+    pub(crate) scratch: Scratch,
 }
 
 /// What all threads of one pager share.
@@ -116,7 +116,7 @@ impl Service {
             backlog: Backlog::default(),
             around: Around::new(fault_around_pages),
             events: Vec::new(),
-            scratch: Vec::new(),
+            scratch: Scratch::default(),
         };
         Self {
             kernel,
@@ -230,6 +230,8 @@ impl Service {
     fn take_in(&self, state: &mut State, event: Event, now: Instant) {
         match event {
             Event::Fault { page, kind } => {
+                // How the bench's recorded resume was made; costs one look at a flag.
+                tracing::trace!(target: "torpor_pager::faults", page, ?kind);
                 if state.machine.fault(page, kind, now).is_err() {
                     let limit = crate::machine::FAULTS_MAX;
                     self.fail(PagerFailure::TooManyFaults { limit });
@@ -286,13 +288,11 @@ impl Service {
             Some(rest) if self.protects(kind) => self.data_from(state, page, rest),
             _ => PageRun::new(page, 1),
         };
-        let mut scratch = std::mem::take(&mut state.scratch);
-        scratch.resize(bytes(run.pages), 0);
-        let filled = self.source.at_hand(run, &mut scratch).map(|content| {
+        let buf = state.scratch.first(run.pages);
+        let filled = self.source.at_hand(run, buf).map(|content| {
             let protect = self.protects(kind);
             self.kernel.copy(page, content, protect)
         });
-        state.scratch = scratch;
         let window = claimed.unwrap_or_else(|| state.around.window(page, self.region(page), false));
         match filled {
             None | Some(Ok(Filled::Missing)) => {

@@ -193,7 +193,7 @@ pub(crate) fn touch_all(memory: &Memory, order: &[u32], threads: usize, check: b
 }
 
 /// A touch that takes longer than this was a fault.
-const FAULT_MIN: Duration = Duration::from_micros(3);
+pub(crate) const FAULT_MIN: Duration = Duration::from_micros(3);
 
 /// Time between two single faults: whatever was begun for the first is over.
 const SINGLE_GAP: Duration = Duration::from_micros(150);

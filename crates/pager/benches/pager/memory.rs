@@ -65,6 +65,19 @@ impl Memory {
         }
     }
 
+    /// A file, mapped as a VMM maps it that is to share its pages until they are written.
+    pub(crate) fn of_private_file(file: &File, pages: usize) -> Self {
+        let (null, rw) = (std::ptr::null_mut(), ProtFlags::READ | ProtFlags::WRITE);
+        // SAFETY: as in `new`.
+        let mapped =
+            unsafe { rustix::mm::mmap(null, pages * PAGE, rw, MapFlags::PRIVATE, file, 0) };
+        Self {
+            addr: mapped.unwrap().expose_provenance(),
+            pages,
+            memfd: None,
+        }
+    }
+
     fn at(&self, page: usize) -> *mut u64 {
         assert!(page < self.pages);
         std::ptr::with_exposed_provenance_mut(self.addr + page * PAGE)
