@@ -659,7 +659,7 @@ fn world(shared: bool, tracking: WriteTracking) -> (World, Arc<Service>) {
         service: Arc::new(OnceLock::new()),
     };
     let parts = (
-        Machine::new(PAGES),
+        Machine::new(PAGES, PAGE_SIZE as u64),
         Counters::new().unwrap(),
         FailureSignal::new().unwrap(),
     );

@@ -3,6 +3,9 @@
 //! The order of a pause: stop the vCPUs, [`Pager::settle`], [`Pager::dirty`]. Both may be called
 //! again after a pause that failed: the dirty set counts from the resume, not from the last call.
 //!
+//! Pages in this interface are base pages, whatever backs the guest. Memory of huge pages is served,
+//! tracked and given back in whole huge pages, so that here they come in runs of 512.
+//!
 //! The pager must outlive the guest: a guest whose userfaultfd nobody serves hangs. So the VMM is
 //! killed first, then the pager is shut down.
 
@@ -15,6 +18,7 @@ use std::time::{Duration, Instant};
 use crate::bulk::READ_PAGES_MAX;
 use crate::error::PagerError;
 use crate::failure::FailureSignal;
+use crate::huge_source::HugeSource;
 use crate::kernel::{Backing, HostKernel, Regions, memfd_runs};
 use crate::machine::{DirtyPages, Machine};
 use crate::page_set::{PAGE_SIZE_U64, PageRun, PageSet};
@@ -112,7 +116,10 @@ pub struct Pager {
     service: Arc<Service>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     regions: Vec<Region>,
+    /// Base pages, as everywhere in this interface.
     span_pages: u64,
+    /// Base pages of a page of the guest's memory: the service counts in those.
+    base_pages: u64,
     memfd: Option<std::os::fd::OwnedFd>,
     pagemap: Option<Arc<Pagemap>>,
     tracking: WriteTracking,
@@ -140,7 +147,9 @@ impl Pager {
     pub fn start(config: PagerConfig) -> Result<Self, PagerError> {
         let regions = Regions::new(config.regions.clone())?;
         check(&config, &regions)?;
-        let span_pages = regions.span_pages();
+        let base_pages = regions.page_bytes() / PAGE_SIZE_U64;
+        let span = regions.span_pages();
+        let machine = Machine::new(span, regions.page_bytes());
         let pagemap = config
             .pagemap_pid
             .map(Pagemap::of_process)
@@ -168,11 +177,17 @@ impl Pager {
         let failure = FailureSignal::new().map_err(host("make the failure signal"))?;
         let counters =
             Counters::new().map_err(|_| PagerError::Config("latency histogram bounds"))?;
-        let parts = (Machine::new(span_pages), counters, failure);
-        let around_pages = config.fault_around_pages.clamp(1, READ_PAGES_MAX);
+        let parts = (machine, counters, failure);
+        let (around_pages, source): (_, Arc<dyn PageSource>) = if base_pages == 1 {
+            let around_pages = config.fault_around_pages.clamp(1, READ_PAGES_MAX);
+            (around_pages, config.source)
+        } else {
+            // A huge page is a window by itself.
+            (1, Arc::new(HugeSource(config.source)))
+        };
         let service = Arc::new(Service::new(
             Box::new(kernel),
-            config.source,
+            source,
             config.tracking,
             around_pages,
             parts,
@@ -181,7 +196,8 @@ impl Pager {
             service,
             threads: Mutex::new(Vec::new()),
             regions: config.regions,
-            span_pages,
+            span_pages: span * base_pages,
+            base_pages,
             memfd,
             pagemap,
             tracking: config.tracking,
@@ -220,6 +236,7 @@ impl Pager {
             state.prefetch.extend(
                 runs.iter()
                     .filter_map(|run| run.clipped_to(guest))
+                    .map(|run| run.covered_by(self.base_pages))
                     .take(room),
             );
             let start = !state.prefetch.is_empty() && !state.prefetcher_runs && !state.stopping;
@@ -286,7 +303,10 @@ impl Pager {
         }
         Ok((
             state.machine.waiting().0,
-            state.machine.removed_and_absent(),
+            state
+                .machine
+                .removed_and_absent()
+                .in_base_pages(self.base_pages),
         ))
     }
 
@@ -319,9 +339,14 @@ impl Pager {
         }
         let (known_written, removed) = {
             let state = self.service.lock();
-            (
+            let (written, removed) = (
                 state.machine.known_written(),
                 state.machine.removed_since_resume(),
+            );
+            let base_pages = self.base_pages;
+            (
+                written.in_base_pages(base_pages),
+                removed.in_base_pages(base_pages),
             )
         };
         let (mut scanned, unmapped) = self.scan()?;
@@ -395,14 +420,16 @@ impl Pager {
     #[must_use]
     pub fn working_set(&self) -> Vec<PageRun> {
         let (used, brought_in) = self.service.lock().machine.used_and_brought_in();
-        working_set::compact(&used, &brought_in)
+        let base = |set: PageSet| set.in_base_pages(self.base_pages);
+        working_set::compact(&base(used), &base(brought_in))
     }
 
     /// The figures so far.
     #[must_use]
     pub fn stats(&self) -> PagerStats {
         let state = self.service.lock();
-        state.counters.snapshot(state.machine.waiting().0)
+        let stats = state.counters.snapshot(state.machine.waiting().0);
+        stats.in_base_pages(self.base_pages)
     }
 
     /// How long the faults so far waited.
@@ -459,7 +486,13 @@ impl Drop for Pager {
 }
 
 fn check(config: &PagerConfig, regions: &Regions) -> Result<(), PagerError> {
-    if regions.span_pages() > SPAN_PAGES_MAX {
+    let huge = regions.page_bytes() > PAGE_SIZE_U64;
+    if huge && !matches!(config.backing, Backing::Anonymous) {
+        return Err(PagerError::Config(
+            "a shared memory file of huge pages cannot be served; anonymous huge pages can",
+        ));
+    }
+    if regions.span_pages() > SPAN_PAGES_MAX * PAGE_SIZE_U64 / regions.page_bytes() {
         return Err(PagerError::Config(
             "the guest's memory spans more than 1 TiB",
         ));

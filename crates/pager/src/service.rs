@@ -35,12 +35,12 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::around::Around;
-use crate::bulk::{Backlog, Scratch, piece_pages, slice};
+use crate::bulk::{Backlog, Scratch, Sizes, piece_pages};
 use crate::error::PagerFailure;
 use crate::failure::FailureSignal;
 use crate::kernel::{Event, Kernel};
 use crate::machine::{FaultKind, Machine, Need, Reason};
-use crate::page_set::{PAGE_SIZE_U64, PageRun};
+use crate::page_set::PageRun;
 use crate::source::{Content, PageSource, SourceKind};
 use crate::stats::Counters;
 use crate::sync::{AtomicUsize, Condvar, Mutex, MutexGuard, yield_now};
@@ -85,6 +85,7 @@ pub(crate) struct Service {
     pub(crate) source: Arc<dyn PageSource>,
     pub(crate) tracking: WriteTracking,
     pub(crate) failure: FailureSignal,
+    pub(crate) sizes: Sizes,
     state: Mutex<State>,
     /// There is work for a worker, or the pager stops.
     pub(crate) work: Condvar,
@@ -119,6 +120,7 @@ impl Service {
             scratch: Scratch::default(),
         };
         Self {
+            sizes: Sizes::of_pages(kernel.page_bytes()),
             kernel,
             source,
             tracking,
@@ -288,7 +290,7 @@ impl Service {
             Some(rest) if self.protects(kind) => self.data_from(state, page, rest),
             _ => PageRun::new(page, 1),
         };
-        let buf = state.scratch.first(run.pages);
+        let buf = state.scratch.first(self.sizes.bytes(run.pages));
         let filled = self.source.at_hand(run, buf).map(|content| {
             let protect = self.protects(kind);
             self.kernel.copy(page, content, protect)
@@ -301,7 +303,7 @@ impl Service {
             }
             Some(filled) => {
                 let done_pages = match &filled {
-                    Ok(Filled::Bytes(bytes)) => bytes / PAGE_SIZE_U64,
+                    Ok(Filled::Bytes(bytes)) => bytes / self.sizes.page_bytes,
                     _ => 1,
                 };
                 if !self.fault_filled(state, page, kind, filled, SourceKind::Data) {
@@ -561,7 +563,7 @@ impl Service {
             // The page may have been discarded, or brought in, while its content was fetched.
             match (state.machine.need(page), state.machine.kind(page)) {
                 (Need::Source, Some(kind)) => {
-                    let content = Content::Bytes(slice(at_once, page, 1, buf));
+                    let content = Content::Bytes(self.sizes.slice(at_once, page, 1, buf));
                     let filled = self.kernel.copy(page, content, self.protects(kind));
                     if !self.fault_filled(&mut state, page, kind, filled, SourceKind::Data) {
                         return;

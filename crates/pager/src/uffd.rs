@@ -17,7 +17,7 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::error::PagerError;
-use crate::page_set::PAGE_SIZE_U64;
+use crate::page_set::{HUGE_PAGE_BYTES, PAGE_SIZE_U64};
 use crate::source::Content;
 
 const UFFD_API: u64 = 0xAA;
@@ -184,7 +184,8 @@ pub struct Region {
     pub len_bytes: u64,
     /// Its offset in the guest's memory file.
     pub guest_offset_bytes: u64,
-    /// The size of the pages that back it. Only 4096 is served so far.
+    /// The size of the pages that back it: 4096, or 2 MiB for anonymous memory of huge pages
+    /// (`MAP_HUGETLB`). Transparent huge pages are 4096: the kernel splits them by itself.
     pub page_size: u32,
 }
 
@@ -199,11 +200,12 @@ impl Region {
                 why,
             })
         };
-        if u64::from(self.page_size) != PAGE_SIZE_U64 {
-            return refuse("only memory of 4 KiB pages is served; give the VMM no huge pages");
+        let page_bytes = u64::from(self.page_size);
+        if ![PAGE_SIZE_U64, HUGE_PAGE_BYTES].contains(&page_bytes) {
+            return refuse("only memory of 4 KiB or 2 MiB pages is served");
         }
         let values = [self.host_addr, self.len_bytes, self.guest_offset_bytes];
-        if values.iter().any(|value| value % PAGE_SIZE_U64 != 0) || self.len_bytes == 0 {
+        if values.iter().any(|value| value % page_bytes != 0) || self.len_bytes == 0 {
             return refuse("address, length and offset must be whole pages, the length not zero");
         }
         if self.host_addr.checked_add(self.len_bytes).is_none()
@@ -315,7 +317,9 @@ impl Uffd {
             };
             ioctl(&self.fd, UFFDIO_REGISTER, &mut arg)
         };
-        let registered = match register(mode | REGISTER_MODE_MINOR) {
+        let small = u64::from(region.page_size) == PAGE_SIZE_U64;
+        let minor = if small { REGISTER_MODE_MINOR } else { 0 };
+        let registered = match register(mode | minor) {
             // Not shared memory, or an older kernel.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => register(mode),
             registered => registered,
@@ -693,8 +697,12 @@ mod tests {
             page_size,
         };
         assert!(region(4096, 8192, 4096).check().is_ok());
+        assert!(region(2 << 20, 4 << 20, 2 << 20).check().is_ok());
         for (bad, why) in [
-            (region(4096, 8192, 2 << 20), "huge pages"),
+            (region(4096, 8192, 1 << 30), "4 KiB or 2 MiB"),
+            (region(4096, 8192, u32::MAX), "4 KiB or 2 MiB"),
+            (region(2 << 20, 3 << 20, 2 << 20), "whole pages"),
+            (region(1 << 20, 2 << 20, 2 << 20), "whole pages"),
             (region(4097, 8192, 4096), "whole pages"),
             (region(4096, 0, 4096), "not zero"),
             (
