@@ -194,7 +194,7 @@ impl Regions {
     }
 
     /// Translates an event; a discard that spans regions becomes one event for each.
-    fn translate(&self, event: RawEvent, sink: &mut dyn FnMut(Event)) {
+    pub(crate) fn translate(&self, event: RawEvent, sink: &mut dyn FnMut(Event)) {
         match event {
             RawEvent::Fault {
                 host_addr,

@@ -28,6 +28,9 @@ mod bulk;
 mod error;
 mod failure;
 mod file_source;
+#[cfg(any(test, feature = "fuzz"))]
+#[cfg(not(feature = "shuttle"))]
+pub mod fuzz;
 pub mod handshake;
 mod huge_source;
 #[cfg(test)]

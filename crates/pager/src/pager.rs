@@ -9,7 +9,6 @@
 //! The pager must outlive the guest: a guest whose userfaultfd nobody serves hangs. So the VMM is
 //! killed first, then the pager is shut down.
 
-use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -266,7 +265,8 @@ impl Pager {
     pub fn settle(&self, timeout: Duration) -> Result<(), PagerError> {
         let started = Instant::now();
         loop {
-            let (faults, removed) = self.settle_once()?;
+            let (faults, removed) = self.service.settle_once()?;
+            let removed = removed.in_base_pages(self.base_pages);
             let discarding_pages = match faults {
                 0 => self.still_discarding(&removed)?,
                 _ => 0,
@@ -288,26 +288,6 @@ impl Pager {
             let (mut state, _) = rested.unwrap_or_else(PoisonError::into_inner);
             state.settlers -= 1;
         }
-    }
-
-    /// Reads all events; returns how many faults wait, and the pages that must not be there.
-    fn settle_once(&self) -> Result<(usize, PageSet), PagerError> {
-        let mut state = self.service.lock();
-        state.prefetch = VecDeque::new();
-        self.service.drain_for_others(&mut state);
-        if let Some(failure) = self.service.failure.get() {
-            return Err(PagerError::Failed(failure));
-        }
-        if state.vmm_gone {
-            return Err(PagerError::VmmGone);
-        }
-        Ok((
-            state.machine.waiting().0,
-            state
-                .machine
-                .removed_and_absent()
-                .in_base_pages(self.base_pages),
-        ))
     }
 
     /// Pages whose discard has been announced while the kernel still has them: on anonymous

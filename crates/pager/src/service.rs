@@ -36,11 +36,11 @@ use std::time::{Duration, Instant};
 
 use crate::around::Around;
 use crate::bulk::{Backlog, Scratch, Sizes, piece_pages};
-use crate::error::PagerFailure;
+use crate::error::{PagerError, PagerFailure};
 use crate::failure::FailureSignal;
 use crate::kernel::{Event, Kernel};
 use crate::machine::{FaultKind, Machine, Need, Reason};
-use crate::page_set::PageRun;
+use crate::page_set::{PageRun, PageSet};
 use crate::source::{Content, PageSource, SourceKind};
 use crate::stats::Counters;
 use crate::sync::{AtomicUsize, Condvar, Mutex, MutexGuard, yield_now};
@@ -256,6 +256,24 @@ impl Service {
             }
             Event::Stray { host_addr } => self.fail(PagerFailure::UnknownAddress { host_addr }),
         }
+    }
+
+    /// One look on the way to rest: reads all events, drops what is left to prefetch. Returns how many
+    /// faults wait, and the pages that the kernel must not have.
+    pub(crate) fn settle_once(&self) -> Result<(usize, PageSet), PagerError> {
+        let mut state = self.lock();
+        state.prefetch = VecDeque::new();
+        self.drain_for_others(&mut state);
+        if let Some(failure) = self.failure.get() {
+            return Err(PagerError::Failed(failure));
+        }
+        if state.vmm_gone {
+            return Err(PagerError::VmmGone);
+        }
+        Ok((
+            state.machine.waiting().0,
+            state.machine.removed_and_absent(),
+        ))
     }
 
     // One fault

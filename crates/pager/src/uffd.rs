@@ -116,6 +116,41 @@ struct UffdMsg {
     arg: [u64; 3],
 }
 
+impl UffdMsg {
+    /// What it says; `None` for an event that was not asked for.
+    fn event(&self) -> Option<RawEvent> {
+        let [first, second, _] = self.arg;
+        match self.event {
+            EVENT_PAGEFAULT => Some(RawEvent::Fault {
+                host_addr: second,
+                write: first & PAGEFAULT_FLAG_WRITE != 0,
+                protected: first & PAGEFAULT_FLAG_WP != 0,
+                unmapped: first & PAGEFAULT_FLAG_MINOR != 0,
+            }),
+            EVENT_REMOVE => Some(RawEvent::Remove {
+                start: first,
+                end: second,
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// An event from its bytes as they are read.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn event_of(bytes: &[u8; 32]) -> Option<RawEvent> {
+    let word = |at: usize| {
+        let word = bytes[at..].first_chunk::<8>();
+        word.map_or(0, |word| u64::from_ne_bytes(*word))
+    };
+    let message = UffdMsg {
+        event: bytes[0],
+        arg: [word(8), word(16), word(24)],
+        ..UffdMsg::default()
+    };
+    message.event()
+}
+
 const _: () = assert!(size_of::<UffdMsg>() == 32, "struct uffd_msg is 32 bytes");
 const _: () = assert!(
     size_of::<UffdioCopy>() == 0x28,
@@ -456,19 +491,12 @@ impl Uffd {
         };
         let count = got_bytes / size_of::<UffdMsg>();
         for message in &messages[..count] {
-            let [first, second, _] = message.arg;
-            match message.event {
-                EVENT_PAGEFAULT => sink(RawEvent::Fault {
-                    host_addr: second,
-                    write: first & PAGEFAULT_FLAG_WRITE != 0,
-                    protected: first & PAGEFAULT_FLAG_WP != 0,
-                    unmapped: first & PAGEFAULT_FLAG_MINOR != 0,
-                }),
-                EVENT_REMOVE => sink(RawEvent::Remove {
-                    start: first,
-                    end: second,
-                }),
-                other => tracing::warn!(event = other, "userfaultfd event that was not asked for"),
+            match message.event() {
+                Some(event) => sink(event),
+                None => tracing::warn!(
+                    event = message.event,
+                    "userfaultfd event that was not asked for"
+                ),
             }
         }
         Ok(count == EVENTS_PER_READ)
