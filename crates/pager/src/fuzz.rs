@@ -67,6 +67,8 @@ pub fn events(bytes: &[u8]) {
 #[derive(Clone, Copy, Default)]
 struct Page {
     present: bool,
+    /// Since the last discard.
+    installed: bool,
     removed: bool,
     written: bool,
 }
@@ -141,11 +143,13 @@ impl Stream {
                 end_byte,
             } => {
                 let mut whole = PageSet::with_capacity_pages(SPAN_PAGES);
+                let mut was_there = false;
                 for page in 0..SPAN_PAGES {
                     let (from, to) = (page * self.page_bytes, (page + 1) * self.page_bytes);
                     let covered = end_byte.min(to).saturating_sub(start_byte.max(from));
                     if covered == self.page_bytes {
                         whole.insert(page);
+                        was_there |= self.page(page).installed;
                         *self.page(page) = Page {
                             removed: true,
                             ..Page::default()
@@ -154,7 +158,8 @@ impl Stream {
                         self.page(page).written = true;
                     }
                 }
-                let told = self.machine.remove(start_byte, end_byte);
+                let (told, some_there) = self.machine.remove(start_byte, end_byte);
+                assert_eq!(some_there, was_there);
                 let told: Vec<PageRun> =
                     Some(told).filter(|run| run.pages > 0).into_iter().collect();
                 assert_eq!(told, whole.runs().collect::<Vec<_>>());
@@ -218,6 +223,7 @@ impl Stream {
             self.page(page).written = false;
         }
         self.page(page).present = true;
+        self.page(page).installed = true;
         if kind == FaultKind::Protected {
             self.machine.written(page);
             self.page(page).written = true;

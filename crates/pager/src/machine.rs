@@ -43,6 +43,9 @@ const WRITTEN: u8 = 1 << 1;
 const REMOVED: u8 = 1 << 2;
 const USED: u8 = 1 << 3;
 const BROUGHT_IN: u8 = 1 << 4;
+/// Installed since it was last discarded: it may be there, whatever a fault that was read late made
+/// of "present".
+const INSTALLED: u8 = 1 << 5;
 
 /// What a page must hold when it is installed now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -236,14 +239,16 @@ impl Machine {
     }
 
     /// Event: these bytes are being discarded. Returns the pages that lie wholly inside: they are
-    /// removed. Partly covered ones hold zeros that the guest did not have before: written.
-    pub(crate) fn remove(&mut self, start_byte: u64, end_byte: u64) -> PageRun {
+    /// removed; and whether any of them may have been there. Partly covered ones hold zeros that the
+    /// guest did not have before: written.
+    pub(crate) fn remove(&mut self, start_byte: u64, end_byte: u64) -> (PageRun, bool) {
         let page_bytes = self.page_bytes;
         let first_page = start_byte.div_ceil(page_bytes);
         let end_page = (end_byte / page_bytes).min(self.pages.len() as u64);
         if start_byte >= end_byte {
-            return PageRun::new(first_page, 0);
+            return (PageRun::new(first_page, 0), false);
         }
+        let mut some_there = false;
         if !start_byte.is_multiple_of(page_bytes) {
             self.set(start_byte / page_bytes, WRITTEN);
         }
@@ -251,10 +256,12 @@ impl Machine {
             self.set(end_byte / page_bytes, WRITTEN);
         }
         for page in first_page..end_page {
-            self.clear(page, PRESENT | WRITTEN | USED | BROUGHT_IN);
+            some_there |= self.bits(page) & INSTALLED != 0;
+            self.clear(page, PRESENT | WRITTEN | USED | BROUGHT_IN | INSTALLED);
             self.set(page, REMOVED);
         }
-        PageRun::new(first_page, end_page.saturating_sub(first_page))
+        let run = PageRun::new(first_page, end_page.saturating_sub(first_page));
+        (run, some_there)
     }
 
     /// The page was absent and has just been installed. Whatever was written to it before is gone
@@ -266,7 +273,7 @@ impl Machine {
 
     /// The page turned out to be there.
     pub(crate) fn found(&mut self, page: u64, reason: Reason) {
-        self.set(page, PRESENT);
+        self.set(page, PRESENT | INSTALLED);
         if reason != Reason::Fault {
             self.set(page, BROUGHT_IN);
         }
@@ -448,7 +455,7 @@ mod tests {
             (0..8).for_each(|page| machine.installed(page, Reason::Fault));
             // Every other page was written before.
             (0..8).step_by(2).for_each(|page| machine.written(page));
-            let whole = machine.remove(start_byte, end_byte);
+            let (whole, _) = machine.remove(start_byte, end_byte);
             let absent = machine.removed_and_absent();
             let (written, removed) = (machine.known_written(), machine.removed_since_resume());
             for page in 0..8 {

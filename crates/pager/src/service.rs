@@ -243,14 +243,13 @@ impl Service {
                 start_byte,
                 end_byte,
             } => {
-                let run = state.machine.remove(start_byte, end_byte);
+                let (run, some_there) = state.machine.remove(start_byte, end_byte);
                 // What the guest gives back is not to be filled for it.
                 state.backlog.drop_overlapping(run);
                 state.counters.stats.removes += 1;
                 state.counters.stats.pages_removed += run.pages;
-                if run.pages > 0
-                    && let Err(error) = self.kernel.drop_late_copies(run)
-                {
+                // A copy that came late was ours: without one there is nothing to look for.
+                if some_there && let Err(error) = self.kernel.drop_late_copies(run) {
                     self.fail_kernel("drop late copies", run.first_page, error);
                 }
             }

@@ -311,12 +311,18 @@ impl Bench {
 
     /// A guest that frees and faults all the time.
     fn churn(&mut self) {
-        for (kind, name) in [
-            (Kind::Anonymous, "minimal"),
-            (Kind::SharedMemfd, "minimal memfd"),
-        ] {
+        type Start = fn(&Memory, &Memory) -> MinimalLoop;
+        let mut arms: Vec<(Kind, &str, Start)> = vec![
+            (Kind::Anonymous, "minimal", MinimalLoop::start),
+            (Kind::SharedMemfd, "minimal memfd", MinimalLoop::start),
+        ];
+        if WriteTracking::best_of_host().unwrap() == WriteTracking::Async {
+            let start = MinimalLoop::start_tracked;
+            arms.push((Kind::SharedMemfd, "minimal memfd tracked", start));
+        }
+        for (kind, name, start) in arms {
             let memory = Memory::new(kind, self.pages);
-            let minimal = MinimalLoop::start(&memory, &self.cached);
+            let minimal = start(&memory, &self.cached);
             let touched = arms::churn(&memory, CHURN_THREADS, CHURN, false);
             self.touched(&format!("churn {name}"), touched);
             drop((minimal, memory));

@@ -35,7 +35,7 @@ type Wanted = (
 );
 
 #[rustfmt::skip]
-const BARS: [Wanted; 24] = [
+const BARS: [Wanted; 25] = [
     ("single random fault, p50: pager / minimal loop", "single pager p50 us", "single minimal p50 us", None, Some(1.25)),
     ("single random fault, p99: pager / minimal loop", "single pager p99 us", "single minimal p99 us", None, Some(2.0)),
     ("sequential, 1 thread: pager / minimal loop", "sequential 1 pager pages/s", "sequential 1 minimal pages/s", Some(8.0), None),
@@ -51,6 +51,7 @@ const BARS: [Wanted; 24] = [
     ("random, 4 threads: pager / minimal loop", "random 4 pager pages/s", "random 4 minimal pages/s", Some(3.0), None),
     ("churn of discards: pager / minimal loop", "churn pager pages/s", "churn minimal pages/s", Some(1.0), None),
     ("churn of discards, memfd tracked: pager / minimal loop", "churn pager memfd tracked pages/s", "churn minimal memfd pages/s", Some(1.0), None),
+    ("churn of discards, memfd: both with writes tracked", "churn pager memfd tracked pages/s", "churn minimal memfd tracked pages/s", Some(1.0), None),
     ("compressed build, sequential: by the reader / by a worker", "sequential 1 build pages/s", "sequential 1 build by worker pages/s", None, None),
     ("compressed build, random: by the reader / by a worker", "random 1 build pages/s", "random 1 build by worker pages/s", None, None),
     ("compressed build, single fault, p50: reader / worker", "single build p50 us", "single build by worker p50 us", None, None),
