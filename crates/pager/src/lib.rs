@@ -15,6 +15,7 @@
 //! - `pager`: what the owner calls
 //! - [`handshake`], [`server`]: a page-fault handler of its own, for any VMM that speaks
 //!   Firecracker's handshake
+//! - `fuzz`: what comes from outside, as bytes, for the fuzz targets
 //! - `kernel`, `uffd`, `pagemap`: the kernel's side; unsafe code is in the last two and
 //!   in `file_source`
 //!

@@ -138,6 +138,7 @@ impl UffdMsg {
 
 /// An event from its bytes as they are read.
 #[cfg(any(test, feature = "fuzz"))]
+#[cfg(not(feature = "shuttle"))]
 pub(crate) fn event_of(bytes: &[u8; 32]) -> Option<RawEvent> {
     let word = |at: usize| {
         let word = bytes[at..].first_chunk::<8>();
