@@ -33,6 +33,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
 use crate::page_set::{PageRun, PageSet};
+use crate::working_set::Arrivals;
 
 /// Faults that may wait at once. A thread waits for one page at a time and no VMM has that many
 /// threads; 65,536 entries are about 3 MiB.
@@ -138,6 +139,7 @@ pub(crate) struct TooManyFaults;
 pub(crate) struct Machine {
     page_bytes: u64,
     pages: Vec<u8>,
+    arrivals: Arrivals,
     waiting: HashMap<u64, Waiting>,
     fresh: Vec<u64>,
     queue: VecDeque<u64>,
@@ -151,6 +153,7 @@ impl Machine {
         Self {
             page_bytes,
             pages,
+            arrivals: Arrivals::default(),
             waiting: HashMap::new(),
             fresh: Vec::new(),
             queue: VecDeque::new(),
@@ -268,6 +271,9 @@ impl Machine {
     /// with it: a discard that was under way when it was installed the last time dropped it.
     pub(crate) fn installed(&mut self, page: u64, reason: Reason) {
         self.clear(page, WRITTEN);
+        if self.bits(page) & (INSTALLED | REMOVED) == 0 {
+            self.arrivals.add(page);
+        }
         self.found(page, reason);
     }
 
@@ -407,10 +413,11 @@ impl Machine {
 
     /// Pages that a thread waited for, and pages that were brought in around or before them;
     /// none that the guest has given back and not touched since.
-    pub(crate) fn used_and_brought_in(&self) -> (PageSet, PageSet) {
+    /// Also in which order they came; discarded ones apart.
+    pub(crate) fn used_and_brought_in(&self) -> (PageSet, PageSet, Arrivals) {
         let used = self.all_with(|bits| bits & USED != 0);
         let brought_in = self.all_with(|bits| bits & (USED | BROUGHT_IN) == BROUGHT_IN);
-        (used, brought_in)
+        (used, brought_in, self.arrivals.clone())
     }
 }
 

@@ -395,13 +395,14 @@ impl Pager {
         Ok(there)
     }
 
-    /// The pages that the next resume of this memory should prefetch, within
+    /// The pages that the next resume of this memory should prefetch, in this order, within
     /// [`WORKING_SET_PAGES_MAX`](crate::WORKING_SET_PAGES_MAX).
     #[must_use]
     pub fn working_set(&self) -> Vec<PageRun> {
-        let (used, brought_in) = self.service.lock().machine.used_and_brought_in();
+        let (used, brought_in, arrivals) = self.service.lock().machine.used_and_brought_in();
         let base = |set: PageSet| set.in_base_pages(self.base_pages);
-        working_set::compact(&base(used), &base(brought_in))
+        let arrivals = arrivals.in_base_pages(self.base_pages);
+        working_set::compact(&base(used), &base(brought_in), &arrivals)
     }
 
     /// The figures so far.
