@@ -3,6 +3,7 @@
 //! `resume.trace` says at its top how it was recorded. A line is a first touch: `r` read or `w`
 //! written; `p` is the first write to a page that was read before.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
@@ -20,8 +21,8 @@ pub(crate) const GUEST_PAGES: usize = 131_072;
 /// The memory file holds data in the 2 MiB around each touch, which is as far as a pager looks.
 const STAMPED_PAGES: usize = 512;
 
-/// Runs this close become one, as in a recorded working set.
-const GAP_PAGES: u64 = 3;
+/// Pages of the window around a fault.
+const WINDOW_PAGES: u64 = 16;
 
 #[derive(Clone, Copy)]
 pub(crate) struct Touch {
@@ -44,20 +45,14 @@ pub(crate) fn trace() -> Vec<Touch> {
         .collect()
 }
 
-/// The recorded working set.
+/// The working set as a pager records it: the windows around the touches, in their order.
 pub(crate) fn working_set(trace: &[Touch]) -> Vec<PageRun> {
-    let mut pages: Vec<u64> = trace.iter().map(|touch| touch.page as u64).collect();
-    pages.sort_unstable();
-    let mut runs: Vec<PageRun> = Vec::new();
-    for page in pages {
-        match runs.last_mut() {
-            Some(last) if page <= last.end_page() + GAP_PAGES => {
-                last.pages = last.pages.max(page + 1 - last.first_page);
-            }
-            _ => runs.push(PageRun::new(page, 1)),
-        }
-    }
-    runs
+    let mut seen = HashSet::new();
+    let windows = trace.iter().map(|touch| touch.page as u64 / WINDOW_PAGES);
+    windows
+        .filter(|window| seen.insert(*window))
+        .map(|window| PageRun::new(window * WINDOW_PAGES, WINDOW_PAGES))
+        .collect()
 }
 
 /// A memory file for the trace.
