@@ -12,6 +12,7 @@
 //! report       the figures, as JSON and as a table;  picture: the bar chart
 //! baseline     (bench) the same guest through QEMU's own `migrate`, restored eagerly
 //! series       (bench) many resumes: warm, cold, eager, without prefetch
+//! crowd        (bench) many clones of one guest alive at once: the memory that they take
 //! limits       (bench) what the machine itself can do: copying memory, writing a file
 //! program      how the programs begin and end
 //! watch        progress for a person, with and without a terminal
@@ -26,6 +27,7 @@ pub mod baseline;
 pub mod bench_space;
 pub mod capture;
 pub mod clones;
+pub mod crowd;
 pub mod guest_work;
 pub mod limits;
 pub mod picture;

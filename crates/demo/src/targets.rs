@@ -2,8 +2,12 @@
 
 use serde::Serialize;
 
+use torpor_sandbox::resume::ResumeReport;
+use torpor_sandbox::run_times::RunTimes;
+
 use crate::arms::ArmReport;
 use crate::ratio;
+use crate::series::{Mode, Series};
 
 /// Stored memory against what the guest counts as not free.
 const STORED_TO_NONFREE_MAX: f64 = 1.10;
@@ -13,6 +17,11 @@ const STORED_TO_PLAIN_MAX: f64 = 0.40;
 const FREEZE_MS_MAX: f64 = 150.0;
 /// The median resume to the first answer, warm files.
 const RESUME_MS_MAX: f64 = 300.0;
+/// Page faults of a resume whose working set is recorded, against those of one whose is not.
+const FAULTS_TO_UNRECORDED_MAX: f64 = 0.10;
+/// From the load of the device state to the first answer, against that of a guest whose memory was
+/// filled before. What the filling takes does not count.
+const ANSWER_TO_FILLED_MAX: f64 = 1.15;
 
 /// One target and where we are.
 #[derive(Debug, Clone, Serialize)]
@@ -65,6 +74,35 @@ pub fn targets(lean: &ArmReport, plain: &ArmReport, warm_median_ms: f64) -> Vec<
             "resume to first answer, median, ms",
             RESUME_MS_MAX,
             Some(warm_median_ms),
+        ),
+    ]
+}
+
+/// The targets for the pager, by the series of resumes.
+#[must_use]
+pub fn resume_targets(series: &[Series]) -> [Target; 2] {
+    let median = |mode: Mode, of: fn(&ResumeReport) -> f64| {
+        let series = series.iter().find(|series| series.mode == mode)?;
+        let values: Vec<f64> = series.resumes.iter().map(of).collect();
+        Some(RunTimes::of(&values)?.median_ms)
+    };
+    let to = |over: Option<f64>, under: Option<f64>| {
+        let (over, under) = (over?, under?);
+        (under > 0.0).then_some(over / under)
+    };
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^50")]
+    let faults = |report: &ResumeReport| report.pages_faulted as f64;
+    let answer = |report: &ResumeReport| report.load_ms + report.answer_ms;
+    [
+        Target::new(
+            "faults, working set recorded / not",
+            FAULTS_TO_UNRECORDED_MAX,
+            to(median(Mode::Warm, faults), median(Mode::NoPrefetch, faults)),
+        ),
+        Target::new(
+            "load and answer, lazy / filled before",
+            ANSWER_TO_FILLED_MAX,
+            to(median(Mode::Warm, answer), median(Mode::Eager, answer)),
         ),
     ]
 }

@@ -166,13 +166,11 @@ impl Service {
         let Some(absent) = state.machine.next_absent(data, Need::Source) else {
             return Ok(pages);
         };
-        let mut scratch = std::mem::take(&mut state.scratch);
-        scratch.resize(bytes(absent.pages), 0);
+        let buf = state.scratch.first(self.sizes.bytes(absent.pages));
         let filled = self
             .source
-            .at_hand(absent, &mut scratch)
+            .at_hand(absent, buf)
             .map(|content| self.kernel.copy(absent.first_page, content, true));
-        state.scratch = scratch;
         match filled {
             None | Some(Ok(Filled::Missing)) => Ok(absent.pages),
             Some(filled) => {
@@ -189,7 +187,8 @@ impl Service {
             let found = PageRun::new(at, run.pages.max(1));
             if run.kind == SourceKind::Data && (at..found.end_page()).contains(&page) {
                 // One read brings the page; the rest of a long window is left to its own faults.
-                let near = PageRun::new(page - page % READ_PAGES_MAX, READ_PAGES_MAX);
+                let most = self.sizes.read_pages_max;
+                let near = PageRun::new(page - page % most, most);
                 return found
                     .clipped_to(window)
                     .and_then(|span| span.clipped_to(near))
@@ -211,7 +210,7 @@ impl Service {
 
     /// Reads from the source, with its bounded number of attempts. `Err(None)`: the pager stops.
     pub(crate) fn read(&self, run: PageRun, buf: &mut Vec<u8>) -> Result<(), Option<PagerFailure>> {
-        let len_bytes = usize::try_from(run.pages.min(READ_PAGES_MAX)).unwrap_or(0) * PAGE_SIZE;
+        let len_bytes = self.sizes.bytes(run.pages.min(self.sizes.read_pages_max));
         buf.resize(len_bytes, 0);
         let mut pause = SOURCE_PAUSE;
         for attempt in 1..=SOURCE_ATTEMPTS {
@@ -242,7 +241,7 @@ impl Service {
         let mut from = run.first_page;
         for _ in 0..BULK_AGAIN_MAX {
             let rest = PageRun::new(from, run.end_page() - from);
-            match self.fill_some(rest, slice(run, from, rest.pages, data), reason) {
+            match self.fill_some(rest, self.sizes.slice(run, from, rest.pages, data), reason) {
                 Bulk::Done | Bulk::Over => return,
                 // Neighbours are a kindness: not worth waiting for.
                 Bulk::Again(_) if reason == Reason::Neighbour => return,
@@ -267,7 +266,7 @@ impl Service {
             }
             let mut rest = piece;
             while let Some(absent) = state.machine.next_absent(rest, Need::Source) {
-                let content = slice(run, absent.first_page, absent.pages, data);
+                let content = self.sizes.slice(run, absent.first_page, absent.pages, data);
                 let content = Content::Bytes(content);
                 let filled = self.kernel.copy(absent.first_page, content, true);
                 match self.bulk_filled(&mut state, absent, filled, SourceKind::Data, reason) {
@@ -306,7 +305,7 @@ impl Service {
         if zeros == 0 {
             return Ok(1);
         }
-        let zeros = PageRun::new(run.first_page, zeros.min(ZERO_PAGES_MAX));
+        let zeros = PageRun::new(run.first_page, zeros.min(self.sizes.zero_pages_max));
         let filled = self
             .kernel
             .zero(zeros, !self.zeros_count_as_written(), false);
@@ -332,7 +331,7 @@ impl Service {
     ) -> Result<u64, Bulk> {
         match filled {
             Ok(Filled::Bytes(bytes)) => {
-                let pages = (bytes / PAGE_SIZE as u64).clamp(1, run.pages);
+                let pages = (bytes / self.sizes.page_bytes).clamp(1, run.pages);
                 let filled = PageRun::new(run.first_page, pages);
                 self.count(state, filled, content, reason);
                 if content == SourceKind::Zero && self.zeros_count_as_written() {
@@ -425,7 +424,10 @@ impl Service {
                 continue;
             };
             let there = self.source.run_at(inside.first_page);
-            let pages = inside.pages.min(there.pages.max(1)).min(READ_PAGES_MAX);
+            let pages = inside
+                .pages
+                .min(there.pages.max(1))
+                .min(self.sizes.read_pages_max);
             if wanted.pages > pages {
                 let rest = PageRun::new(wanted.first_page + pages, wanted.pages - pages);
                 state.prefetch.push_front(rest);
@@ -440,7 +442,7 @@ impl Service {
         let mut from = run.first_page;
         let mut again_left = BULK_AGAIN_MAX;
         while from < run.end_page() {
-            let piece = PageRun::new(from, ZERO_PAGES_MAX.min(run.end_page() - from));
+            let piece = PageRun::new(from, self.sizes.zero_pages_max.min(run.end_page() - from));
             let mut state = self.lock_when_calm();
             match self.fill_zeros(&mut state, piece, Reason::Prefetch) {
                 Bulk::Done => from = piece.end_page(),
@@ -459,14 +461,57 @@ impl Service {
     }
 }
 
-/// The bytes of some pages in a buffer that starts at the first page of `whole`.
-pub(crate) fn slice(whole: PageRun, first_page: u64, pages: u64, data: &[u8]) -> &[u8] {
-    let start = bytes(first_page - whole.first_page);
-    &data[start..start + bytes(pages)]
+/// A buffer that only grows. What is in it is what was left there.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    bytes: Vec<u8>,
 }
 
-pub(crate) fn bytes(pages: u64) -> usize {
-    usize::try_from(pages)
-        .unwrap_or(usize::MAX)
-        .saturating_mul(PAGE_SIZE)
+impl Scratch {
+    /// Room for so many bytes.
+    pub(crate) fn first(&mut self, len_bytes: usize) -> &mut [u8] {
+        if self.bytes.len() < len_bytes {
+            // Not resized: pages of it that nobody fills (content that is lent instead) are then
+            // never touched.
+            self.bytes = vec![0; len_bytes];
+        }
+        &mut self.bytes[..len_bytes]
+    }
+}
+
+/// How large the guest's pages are, and how many of them are dealt with at once.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    pub(crate) page_bytes: u64,
+    /// In one read of the source.
+    pub(crate) read_pages_max: u64,
+    /// Zeros in one call.
+    pub(crate) zero_pages_max: u64,
+}
+
+impl Sizes {
+    pub(crate) fn of_pages(page_bytes: u64) -> Self {
+        let base_pages = page_bytes / PAGE_SIZE as u64;
+        Self {
+            page_bytes,
+            read_pages_max: (READ_PAGES_MAX / base_pages).max(1),
+            zero_pages_max: (ZERO_PAGES_MAX / base_pages).max(1),
+        }
+    }
+
+    pub(crate) fn bytes(&self, pages: u64) -> usize {
+        usize::try_from(pages * self.page_bytes).unwrap_or(usize::MAX)
+    }
+
+    /// The bytes of some pages in a buffer that starts at the first page of `whole`.
+    pub(crate) fn slice<'a>(
+        &self,
+        whole: PageRun,
+        first_page: u64,
+        pages: u64,
+        data: &'a [u8],
+    ) -> &'a [u8] {
+        let start = self.bytes(first_page - whole.first_page);
+        &data[start..start + self.bytes(pages)]
+    }
 }

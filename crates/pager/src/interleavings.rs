@@ -266,7 +266,7 @@ impl PageSource for SimSource {
 fn start(prefetch: Option<PageRun>) -> (Arc<Sim>, Arc<Service>, Vec<thread::JoinHandle<()>>) {
     let sim = Arc::new(Sim::default());
     let parts = (
-        Machine::new(PAGES),
+        Machine::new(PAGES, PAGE_SIZE as u64),
         Counters::new().unwrap(),
         FailureSignal::new().unwrap(),
     );

@@ -14,26 +14,31 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 
 use crate::error::PagerError;
 use crate::machine::FaultKind;
-use crate::page_set::{PAGE_SIZE, PAGE_SIZE_U64, PageRun};
+use crate::page_set::{HUGE_PAGE_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PageRun};
 use crate::pagemap::Pagemap;
 use crate::source::Content;
 use crate::uffd::{Filled, RawEvent, Region, Uffd, WriteTracking};
 
-/// Pages of zeros that one call installs: 64 KiB. Bounds how long the page states stay locked.
+/// Pages of zeros that one call installs: 64 KiB, or one huge page. Bounds how long the page states
+/// stay locked.
 pub(crate) const ZERO_PAGES_MAX: u64 = 16;
 
-static ZEROS: [u8; 16 * PAGE_SIZE] = [0; 16 * PAGE_SIZE];
+/// As long as the largest page. It takes no memory: nobody ever writes there.
+static ZEROS: [u8; 512 * PAGE_SIZE] = [0; 512 * PAGE_SIZE];
 
-const _: () = assert!(ZEROS.len() as u64 == ZERO_PAGES_MAX * PAGE_SIZE_U64);
+const _: () = assert!(ZEROS.len() as u64 == HUGE_PAGE_BYTES);
+const _: () = assert!(ZERO_PAGES_MAX * PAGE_SIZE_U64 <= HUGE_PAGE_BYTES);
 
 /// What backs the guest's memory; it decides what a discard does to a page that was installed
 /// while the discard was under way.
 #[derive(Debug)]
 pub enum Backing {
-    /// Private anonymous memory (Firecracker): the kernel drops such a page.
+    /// Private anonymous memory (Firecracker), of small or huge pages: the kernel drops such a
+    /// page.
     Anonymous,
     /// A shared memfd (QEMU): the VMM punches the hole *before* the event, so such a page stays
     /// and must be punched again. The descriptor must be writable; its offset is moved by seeks.
+    /// Small pages only.
     SharedMemfd(OwnedFd),
 }
 
@@ -74,7 +79,7 @@ pub(crate) trait Kernel: Send + Sync {
     /// Maps a page that is in the memory's file already, and wakes. `written`: the guest is known
     /// to have written it.
     fn map(&self, page: u64, written: bool) -> io::Result<Filled>;
-    /// Installs zero pages, at most [`ZERO_PAGES_MAX`], and wakes. `own`: they are about to be
+    /// Installs zero pages, at most [`ZERO_PAGES_MAX`] and perhaps fewer, and wakes. `own`: they are about to be
     /// written, so each is to have memory of its own.
     fn zero(&self, run: PageRun, protect: bool, own: bool) -> io::Result<Filled>;
     /// Whether a zero page that is installed takes memory of its own.
@@ -87,18 +92,29 @@ pub(crate) trait Kernel: Send + Sync {
     fn drop_late_copies(&self, run: PageRun) -> io::Result<()>;
     /// The pages of the region that holds this page.
     fn region_around(&self, page: u64) -> Option<PageRun>;
+    /// How large a page is. All page numbers of this trait count such pages.
+    fn page_bytes(&self) -> u64 {
+        PAGE_SIZE_U64
+    }
 }
 
-/// The guest's regions, sorted, none overlapping another.
+/// The guest's regions, sorted, none overlapping another, all of pages of one size, in which page
+/// numbers count here.
 #[derive(Debug)]
 pub(crate) struct Regions {
     by_guest: Vec<Region>,
+    page_bytes: u64,
 }
 
 impl Regions {
     pub(crate) fn new(mut regions: Vec<Region>) -> Result<Self, PagerError> {
-        if regions.is_empty() {
+        let Some(page_size) = regions.first().map(|region| region.page_size) else {
             return Err(PagerError::Config("no region to serve"));
+        };
+        if regions.iter().any(|region| region.page_size != page_size) {
+            return Err(PagerError::Config(
+                "regions of small pages and of huge ones cannot be served together",
+            ));
         }
         for region in &regions {
             region.check()?;
@@ -122,7 +138,15 @@ impl Regions {
                 "two regions overlap in the guest's memory",
             ));
         }
-        Ok(Self { by_guest: regions })
+        Ok(Self {
+            by_guest: regions,
+            page_bytes: u64::from(page_size),
+        })
+    }
+
+    /// How large a page is.
+    pub(crate) fn page_bytes(&self) -> u64 {
+        self.page_bytes
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Region> {
@@ -132,15 +156,15 @@ impl Regions {
     /// The pages that the guest's memory spans, holes between regions included.
     pub(crate) fn span_pages(&self) -> u64 {
         let end = |region: &Region| region.guest_offset_bytes + region.len_bytes;
-        self.by_guest.last().map_or(0, end) / PAGE_SIZE_U64
+        self.by_guest.last().map_or(0, end) / self.page_bytes
     }
 
     /// The pages of the region that holds `page`.
     pub(crate) fn around(&self, page: u64) -> Option<PageRun> {
         let pages = |region: &Region| {
             PageRun::new(
-                region.guest_offset_bytes / PAGE_SIZE_U64,
-                region.len_bytes / PAGE_SIZE_U64,
+                region.guest_offset_bytes / self.page_bytes,
+                region.len_bytes / self.page_bytes,
             )
         };
         let next = self
@@ -152,7 +176,7 @@ impl Regions {
 
     /// Where a guest page is mapped in the VMM.
     fn host_addr(&self, page: u64) -> Option<u64> {
-        let byte = page * PAGE_SIZE_U64;
+        let byte = page * self.page_bytes;
         let next = self
             .by_guest
             .partition_point(|region| region.guest_offset_bytes <= byte);
@@ -166,11 +190,11 @@ impl Regions {
         let holds = |region: &&Region| (region.host_addr..region.host_end()).contains(&host_addr);
         let region = self.by_guest.iter().find(holds)?;
         let byte = host_addr - region.host_addr + region.guest_offset_bytes;
-        Some(byte / PAGE_SIZE_U64)
+        Some(byte / self.page_bytes)
     }
 
     /// Translates an event; a discard that spans regions becomes one event for each.
-    fn translate(&self, event: RawEvent, sink: &mut dyn FnMut(Event)) {
+    pub(crate) fn translate(&self, event: RawEvent, sink: &mut dyn FnMut(Event)) {
         match event {
             RawEvent::Fault {
                 host_addr,
@@ -259,6 +283,10 @@ impl HostKernel {
 }
 
 impl Kernel for HostKernel {
+    fn page_bytes(&self) -> u64 {
+        self.regions.page_bytes
+    }
+
     fn region_around(&self, page: u64) -> Option<PageRun> {
         self.regions.around(page)
     }
@@ -319,30 +347,35 @@ impl Kernel for HostKernel {
             (WriteTracking::Sync, _) => !written,
             _ => false,
         };
-        self.uffd.map(addr, PAGE_SIZE_U64, protect)
+        self.uffd.map(addr, self.page_bytes(), protect)
     }
 
     fn zero(&self, run: PageRun, protect: bool, own: bool) -> io::Result<Filled> {
-        let len_bytes = run.pages.min(ZERO_PAGES_MAX) * PAGE_SIZE_U64;
+        let len_bytes = match self.page_bytes() {
+            PAGE_SIZE_U64 => run.pages.min(ZERO_PAGES_MAX) * PAGE_SIZE_U64,
+            huge => huge,
+        };
         if !own && !self.zeros_take_memory() {
             return self.uffd.zero(self.addr(run.first_page)?, len_bytes);
         }
-        // ZEROPAGE cannot write-protect, as asynchronous tracking must have it, and on shared memory it
-        // allocates a page all the same.
+        // ZEROPAGE cannot write-protect, as asynchronous tracking must have it, allocates a page on
+        // shared memory all the same, and knows no huge pages.
         let zeros = usize::try_from(len_bytes).unwrap_or(ZEROS.len());
         self.copy(run.first_page, Content::Bytes(&ZEROS[..zeros]), protect)
     }
 
     fn zeros_take_memory(&self) -> bool {
-        self.tracking == WriteTracking::Async || !matches!(self.backing, Backing::Anonymous)
+        self.tracking == WriteTracking::Async
+            || !matches!(self.backing, Backing::Anonymous)
+            || self.page_bytes() > PAGE_SIZE_U64
     }
 
     fn unprotect(&self, page: u64) -> io::Result<Filled> {
-        self.uffd.unprotect(self.addr(page)?, PAGE_SIZE_U64)
+        self.uffd.unprotect(self.addr(page)?, self.page_bytes())
     }
 
     fn wake(&self, page: u64) -> io::Result<()> {
-        self.uffd.wake(self.addr(page)?, PAGE_SIZE_U64)
+        self.uffd.wake(self.addr(page)?, self.page_bytes())
     }
 
     fn drop_late_copies(&self, run: PageRun) -> io::Result<()> {

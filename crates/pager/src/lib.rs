@@ -10,23 +10,30 @@
 //! - `bulk`: many pages at once: neighbours, prefetch
 //! - `around`: how much is filled around a fault, pure
 //! - `file_source`: a raw memory file as a source
+//! - `huge_source`: any source, in 2 MiB pages
 //! - `threads`: reader, worker, prefetcher
 //! - `pager`: what the owner calls
 //! - [`handshake`], [`server`]: a page-fault handler of its own, for any VMM that speaks
 //!   Firecracker's handshake
+//! - `fuzz`: what comes from outside, as bytes, for the fuzz targets
 //! - `kernel`, `uffd`, `pagemap`: the kernel's side; unsafe code is in the last two and
 //!   in `file_source`
 //!
 //! Beyond that handshake it knows neither VMMs nor builds. It does not create the VMM's
 //! userfaultfd, kill a VMM that it cannot serve (it says so, see [`FailureSignal`]; only the
-//! server does), read or write a build, or serve huge pages. It never makes up content: a page that cannot be read is a failure.
+//! server does), or read or write a build. It never makes up content: a page that cannot be read is
+//! a failure.
 
 mod around;
 mod bulk;
 mod error;
 mod failure;
 mod file_source;
+#[cfg(any(test, feature = "fuzz"))]
+#[cfg(not(feature = "shuttle"))]
+pub mod fuzz;
 pub mod handshake;
+mod huge_source;
 #[cfg(test)]
 #[cfg(feature = "shuttle")]
 mod interleavings;

@@ -24,13 +24,16 @@
 //! - Each fault that is taken in leaves by [`Machine::finish`], after a wake. A page waits once,
 //!   however many threads wait for it: a wake is for all of them.
 //!
+//! Pages are of the size that backs the guest's memory; all of them are of one size.
+//!
 //! It does not know what the source holds, whether a kernel call succeeded before it is told, or
 //! what the guest wrote where the kernel tracks writes by itself.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
-use crate::page_set::{PAGE_SIZE_U64, PageRun, PageSet};
+use crate::page_set::{PageRun, PageSet};
+use crate::working_set::Arrivals;
 
 /// Faults that may wait at once. A thread waits for one page at a time and no VMM has that many
 /// threads; 65,536 entries are about 3 MiB.
@@ -41,6 +44,9 @@ const WRITTEN: u8 = 1 << 1;
 const REMOVED: u8 = 1 << 2;
 const USED: u8 = 1 << 3;
 const BROUGHT_IN: u8 = 1 << 4;
+/// Installed since it was last discarded: it may be there, whatever a fault that was read late made
+/// of "present".
+const INSTALLED: u8 = 1 << 5;
 
 /// What a page must hold when it is installed now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,7 +138,9 @@ pub(crate) struct TooManyFaults;
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Machine {
+    page_bytes: u64,
     pages: Vec<u8>,
+    arrivals: Arrivals,
     waiting: HashMap<u64, Waiting>,
     fresh: Vec<u64>,
     queue: VecDeque<u64>,
@@ -141,10 +149,12 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// All pages absent.
-    pub(crate) fn new(pages: u64) -> Self {
+    pub(crate) fn new(pages: u64, page_bytes: u64) -> Self {
         let pages = vec![0; usize::try_from(pages).unwrap_or(usize::MAX)];
         Self {
+            page_bytes,
             pages,
+            arrivals: Arrivals::default(),
             waiting: HashMap::new(),
             fresh: Vec::new(),
             queue: VecDeque::new(),
@@ -233,36 +243,44 @@ impl Machine {
     }
 
     /// Event: these bytes are being discarded. Returns the pages that lie wholly inside: they are
-    /// removed. Partly covered ones hold zeros that the guest did not have before: written.
-    pub(crate) fn remove(&mut self, start_byte: u64, end_byte: u64) -> PageRun {
-        let first_page = start_byte.div_ceil(PAGE_SIZE_U64);
-        let end_page = (end_byte / PAGE_SIZE_U64).min(self.pages.len() as u64);
+    /// removed; and whether any of them may have been there. Partly covered ones hold zeros that the
+    /// guest did not have before: written.
+    pub(crate) fn remove(&mut self, start_byte: u64, end_byte: u64) -> (PageRun, bool) {
+        let page_bytes = self.page_bytes;
+        let first_page = start_byte.div_ceil(page_bytes);
+        let end_page = (end_byte / page_bytes).min(self.pages.len() as u64);
         if start_byte >= end_byte {
-            return PageRun::new(first_page, 0);
+            return (PageRun::new(first_page, 0), false);
         }
-        if !start_byte.is_multiple_of(PAGE_SIZE_U64) {
-            self.set(start_byte / PAGE_SIZE_U64, WRITTEN);
+        let mut some_there = false;
+        if !start_byte.is_multiple_of(page_bytes) {
+            self.set(start_byte / page_bytes, WRITTEN);
         }
-        if !end_byte.is_multiple_of(PAGE_SIZE_U64) {
-            self.set(end_byte / PAGE_SIZE_U64, WRITTEN);
+        if !end_byte.is_multiple_of(page_bytes) {
+            self.set(end_byte / page_bytes, WRITTEN);
         }
         for page in first_page..end_page {
-            self.clear(page, PRESENT | WRITTEN | USED | BROUGHT_IN);
+            some_there |= self.bits(page) & INSTALLED != 0;
+            self.clear(page, PRESENT | WRITTEN | USED | BROUGHT_IN | INSTALLED);
             self.set(page, REMOVED);
         }
-        PageRun::new(first_page, end_page.saturating_sub(first_page))
+        let run = PageRun::new(first_page, end_page.saturating_sub(first_page));
+        (run, some_there)
     }
 
     /// The page was absent and has just been installed. Whatever was written to it before is gone
     /// with it: a discard that was under way when it was installed the last time dropped it.
     pub(crate) fn installed(&mut self, page: u64, reason: Reason) {
         self.clear(page, WRITTEN);
+        if self.bits(page) & (INSTALLED | REMOVED) == 0 {
+            self.arrivals.add(page);
+        }
         self.found(page, reason);
     }
 
     /// The page turned out to be there.
     pub(crate) fn found(&mut self, page: u64, reason: Reason) {
-        self.set(page, PRESENT);
+        self.set(page, PRESENT | INSTALLED);
         if reason != Reason::Fault {
             self.set(page, BROUGHT_IN);
         }
@@ -396,10 +414,11 @@ impl Machine {
 
     /// Pages that a thread waited for, and pages that were brought in around or before them;
     /// none that the guest has given back and not touched since.
-    pub(crate) fn used_and_brought_in(&self) -> (PageSet, PageSet) {
+    /// Also in which order they came; discarded ones apart.
+    pub(crate) fn used_and_brought_in(&self) -> (PageSet, PageSet, Arrivals) {
         let used = self.all_with(|bits| bits & USED != 0);
         let brought_in = self.all_with(|bits| bits & (USED | BROUGHT_IN) == BROUGHT_IN);
-        (used, brought_in)
+        (used, brought_in, self.arrivals.clone())
     }
 }
 
@@ -425,6 +444,7 @@ impl Stage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::page_set::{HUGE_PAGE_BYTES, PAGE_SIZE_U64};
     use proptest::prelude::*;
 
     proptest! {
@@ -432,27 +452,30 @@ mod tests {
         /// zeroes the rest in place.
         #[test]
         fn a_discard_of_any_alignment_removes_whole_pages_and_dirties_the_parts(
-            start_byte in 0_u64..40_000,
-            len_bytes in 0_u64..20_000,
+            start_parts in 0_u64..80,
+            len_parts in 0_u64..40,
+            huge in any::<bool>(),
         ) {
+            let page_bytes = if huge { HUGE_PAGE_BYTES } else { PAGE_SIZE_U64 };
+            let (start_byte, len_bytes) = (start_parts * page_bytes / 8, len_parts * page_bytes / 8);
             let end_byte = start_byte + len_bytes;
-            let mut machine = Machine::new(8);
+            let mut machine = Machine::new(8, page_bytes);
             (0..8).for_each(|page| machine.installed(page, Reason::Fault));
             // Every other page was written before.
             (0..8).step_by(2).for_each(|page| machine.written(page));
-            let whole = machine.remove(start_byte, end_byte);
+            let (whole, _) = machine.remove(start_byte, end_byte);
             let absent = machine.removed_and_absent();
             let (written, removed) = (machine.known_written(), machine.removed_since_resume());
             for page in 0..8 {
-                let (from, to) = (page * PAGE_SIZE_U64, (page + 1) * PAGE_SIZE_U64);
+                let (from, to) = (page * page_bytes, (page + 1) * page_bytes);
                 let covered = end_byte.min(to).saturating_sub(start_byte.max(from));
-                prop_assert_eq!(removed.contains(page), covered == PAGE_SIZE_U64);
-                prop_assert_eq!(absent.contains(page), covered == PAGE_SIZE_U64);
-                let partly = covered > 0 && covered < PAGE_SIZE_U64;
-                let kept = page % 2 == 0 && covered < PAGE_SIZE_U64;
+                prop_assert_eq!(removed.contains(page), covered == page_bytes);
+                prop_assert_eq!(absent.contains(page), covered == page_bytes);
+                let partly = covered > 0 && covered < page_bytes;
+                let kept = page % 2 == 0 && covered < page_bytes;
                 prop_assert_eq!(written.contains(page), partly || kept);
                 let named = (whole.first_page..whole.end_page()).contains(&page);
-                prop_assert_eq!(named, covered == PAGE_SIZE_U64);
+                prop_assert_eq!(named, covered == page_bytes);
             }
         }
     }
@@ -460,7 +483,7 @@ mod tests {
     #[test]
     fn a_page_waits_once_however_many_threads_wait_for_it() {
         let now = Instant::now();
-        let mut machine = Machine::new(8);
+        let mut machine = Machine::new(8, PAGE_SIZE_U64);
         for _ in 0..100 {
             machine.fault(3, FaultKind::Read, now).unwrap();
         }
@@ -475,7 +498,7 @@ mod tests {
     #[test]
     fn the_faults_that_wait_are_bounded() {
         let now = Instant::now();
-        let mut machine = Machine::new(FAULTS_MAX as u64 + 1);
+        let mut machine = Machine::new(FAULTS_MAX as u64 + 1, PAGE_SIZE_U64);
         for page in 0..FAULTS_MAX as u64 {
             machine.fault(page, FaultKind::Read, now).unwrap();
         }
@@ -487,7 +510,7 @@ mod tests {
     fn an_overdue_fault_is_named_once_with_where_it_stands() {
         let now = Instant::now();
         let limit = std::time::Duration::from_secs(1);
-        let mut machine = Machine::new(8);
+        let mut machine = Machine::new(8, PAGE_SIZE_U64);
         machine.fault(3, FaultKind::Read, now).unwrap();
         machine.enqueue(3, PageRun::new(3, 1));
         assert!(machine.overdue(now, limit).is_empty());

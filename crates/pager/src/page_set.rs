@@ -16,6 +16,9 @@ const _: () = assert!(
     "one page size, two integer types"
 );
 
+/// The other size of pages that guest memory may consist of.
+pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
 /// Pages that one word of a set holds.
 const WORD_PAGES: u64 = 64;
 
@@ -47,6 +50,22 @@ impl PageRun {
         let first_page = self.first_page.max(other.first_page);
         let end_page = self.end_page().min(other.end_page());
         (first_page < end_page).then(|| Self::new(first_page, end_page - first_page))
+    }
+}
+
+/// Between base pages, in which all public numbers count, and larger ones, each of which consists
+/// of so many.
+impl PageRun {
+    /// The larger pages that a run of base pages touches.
+    pub(crate) const fn covered_by(self, base_pages: u64) -> Self {
+        let first_page = self.first_page / base_pages;
+        let end_page = self.end_page().div_ceil(base_pages);
+        Self::new(first_page, end_page.saturating_sub(first_page))
+    }
+
+    /// The base pages of a run of larger ones.
+    pub(crate) const fn in_base_pages(self, base_pages: u64) -> Self {
+        Self::new(self.first_page * base_pages, self.pages * base_pages)
     }
 }
 
@@ -104,6 +123,18 @@ impl PageSet {
         if let Some(word) = self.words.get_mut(word) {
             *word &= !bit;
         }
+    }
+
+    /// The base pages of a set of larger ones.
+    pub(crate) fn in_base_pages(self, base_pages: u64) -> Self {
+        if base_pages == 1 {
+            return self;
+        }
+        let mut all = Self::with_capacity_pages(self.pages * base_pages);
+        for run in self.runs() {
+            all.insert_run(run.in_base_pages(base_pages));
+        }
+        all
     }
 
     fn combine(&mut self, other: &Self, combined: impl Fn(u64, u64) -> u64) {

@@ -3,10 +3,12 @@
 //! The order of a pause: stop the vCPUs, [`Pager::settle`], [`Pager::dirty`]. Both may be called
 //! again after a pause that failed: the dirty set counts from the resume, not from the last call.
 //!
+//! Pages in this interface are base pages, whatever backs the guest. Memory of huge pages is served,
+//! tracked and given back in whole huge pages, so that here they come in runs of 512.
+//!
 //! The pager must outlive the guest: a guest whose userfaultfd nobody serves hangs. So the VMM is
 //! killed first, then the pager is shut down.
 
-use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -15,6 +17,7 @@ use std::time::{Duration, Instant};
 use crate::bulk::READ_PAGES_MAX;
 use crate::error::PagerError;
 use crate::failure::FailureSignal;
+use crate::huge_source::HugeSource;
 use crate::kernel::{Backing, HostKernel, Regions, memfd_runs};
 use crate::machine::{DirtyPages, Machine};
 use crate::page_set::{PAGE_SIZE_U64, PageRun, PageSet};
@@ -112,7 +115,10 @@ pub struct Pager {
     service: Arc<Service>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     regions: Vec<Region>,
+    /// Base pages, as everywhere in this interface.
     span_pages: u64,
+    /// Base pages of a page of the guest's memory: the service counts in those.
+    base_pages: u64,
     memfd: Option<std::os::fd::OwnedFd>,
     pagemap: Option<Arc<Pagemap>>,
     tracking: WriteTracking,
@@ -140,7 +146,9 @@ impl Pager {
     pub fn start(config: PagerConfig) -> Result<Self, PagerError> {
         let regions = Regions::new(config.regions.clone())?;
         check(&config, &regions)?;
-        let span_pages = regions.span_pages();
+        let base_pages = regions.page_bytes() / PAGE_SIZE_U64;
+        let span = regions.span_pages();
+        let machine = Machine::new(span, regions.page_bytes());
         let pagemap = config
             .pagemap_pid
             .map(Pagemap::of_process)
@@ -168,11 +176,17 @@ impl Pager {
         let failure = FailureSignal::new().map_err(host("make the failure signal"))?;
         let counters =
             Counters::new().map_err(|_| PagerError::Config("latency histogram bounds"))?;
-        let parts = (Machine::new(span_pages), counters, failure);
-        let around_pages = config.fault_around_pages.clamp(1, READ_PAGES_MAX);
+        let parts = (machine, counters, failure);
+        let (around_pages, source): (_, Arc<dyn PageSource>) = if base_pages == 1 {
+            let around_pages = config.fault_around_pages.clamp(1, READ_PAGES_MAX);
+            (around_pages, config.source)
+        } else {
+            // A huge page is a window by itself.
+            (1, Arc::new(HugeSource(config.source)))
+        };
         let service = Arc::new(Service::new(
             Box::new(kernel),
-            config.source,
+            source,
             config.tracking,
             around_pages,
             parts,
@@ -181,7 +195,8 @@ impl Pager {
             service,
             threads: Mutex::new(Vec::new()),
             regions: config.regions,
-            span_pages,
+            span_pages: span * base_pages,
+            base_pages,
             memfd,
             pagemap,
             tracking: config.tracking,
@@ -220,6 +235,7 @@ impl Pager {
             state.prefetch.extend(
                 runs.iter()
                     .filter_map(|run| run.clipped_to(guest))
+                    .map(|run| run.covered_by(self.base_pages))
                     .take(room),
             );
             let start = !state.prefetch.is_empty() && !state.prefetcher_runs && !state.stopping;
@@ -249,7 +265,8 @@ impl Pager {
     pub fn settle(&self, timeout: Duration) -> Result<(), PagerError> {
         let started = Instant::now();
         loop {
-            let (faults, removed) = self.settle_once()?;
+            let (faults, removed) = self.service.settle_once()?;
+            let removed = removed.in_base_pages(self.base_pages);
             let discarding_pages = match faults {
                 0 => self.still_discarding(&removed)?,
                 _ => 0,
@@ -271,23 +288,6 @@ impl Pager {
             let (mut state, _) = rested.unwrap_or_else(PoisonError::into_inner);
             state.settlers -= 1;
         }
-    }
-
-    /// Reads all events; returns how many faults wait, and the pages that must not be there.
-    fn settle_once(&self) -> Result<(usize, PageSet), PagerError> {
-        let mut state = self.service.lock();
-        state.prefetch = VecDeque::new();
-        self.service.drain_for_others(&mut state);
-        if let Some(failure) = self.service.failure.get() {
-            return Err(PagerError::Failed(failure));
-        }
-        if state.vmm_gone {
-            return Err(PagerError::VmmGone);
-        }
-        Ok((
-            state.machine.waiting().0,
-            state.machine.removed_and_absent(),
-        ))
     }
 
     /// Pages whose discard has been announced while the kernel still has them: on anonymous
@@ -319,9 +319,14 @@ impl Pager {
         }
         let (known_written, removed) = {
             let state = self.service.lock();
-            (
+            let (written, removed) = (
                 state.machine.known_written(),
                 state.machine.removed_since_resume(),
+            );
+            let base_pages = self.base_pages;
+            (
+                written.in_base_pages(base_pages),
+                removed.in_base_pages(base_pages),
             )
         };
         let (mut scanned, unmapped) = self.scan()?;
@@ -424,19 +429,22 @@ impl Pager {
         Ok(there)
     }
 
-    /// The pages that the next resume of this memory should prefetch, within
+    /// The pages that the next resume of this memory should prefetch, in this order, within
     /// [`WORKING_SET_PAGES_MAX`](crate::WORKING_SET_PAGES_MAX).
     #[must_use]
     pub fn working_set(&self) -> Vec<PageRun> {
-        let (used, brought_in) = self.service.lock().machine.used_and_brought_in();
-        working_set::compact(&used, &brought_in)
+        let (used, brought_in, arrivals) = self.service.lock().machine.used_and_brought_in();
+        let base = |set: PageSet| set.in_base_pages(self.base_pages);
+        let arrivals = arrivals.in_base_pages(self.base_pages);
+        working_set::compact(&base(used), &base(brought_in), &arrivals)
     }
 
     /// The figures so far.
     #[must_use]
     pub fn stats(&self) -> PagerStats {
         let state = self.service.lock();
-        state.counters.snapshot(state.machine.waiting().0)
+        let stats = state.counters.snapshot(state.machine.waiting().0);
+        stats.in_base_pages(self.base_pages)
     }
 
     /// How long the faults so far waited.
@@ -493,7 +501,13 @@ impl Drop for Pager {
 }
 
 fn check(config: &PagerConfig, regions: &Regions) -> Result<(), PagerError> {
-    if regions.span_pages() > SPAN_PAGES_MAX {
+    let huge = regions.page_bytes() > PAGE_SIZE_U64;
+    if huge && !matches!(config.backing, Backing::Anonymous) {
+        return Err(PagerError::Config(
+            "a shared memory file of huge pages cannot be served; anonymous huge pages can",
+        ));
+    }
+    if regions.span_pages() > SPAN_PAGES_MAX * PAGE_SIZE_U64 / regions.page_bytes() {
         return Err(PagerError::Config(
             "the guest's memory spans more than 1 TiB",
         ));

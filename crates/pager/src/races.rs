@@ -198,7 +198,7 @@ impl Guest {
             gate: Arc::clone(gate),
         };
         let parts = (
-            Machine::new(PAGES),
+            Machine::new(PAGES, PAGE_SIZE as u64),
             Counters::new().unwrap(),
             FailureSignal::new().unwrap(),
         );

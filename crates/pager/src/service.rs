@@ -35,12 +35,12 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::around::Around;
-use crate::bulk::{Backlog, bytes, piece_pages, slice};
-use crate::error::PagerFailure;
+use crate::bulk::{Backlog, Scratch, Sizes, piece_pages};
+use crate::error::{PagerError, PagerFailure};
 use crate::failure::FailureSignal;
 use crate::kernel::{Event, Kernel};
 use crate::machine::{FaultKind, Machine, Need, Reason};
-use crate::page_set::{PAGE_SIZE_U64, PageRun};
+use crate::page_set::{PageRun, PageSet};
 use crate::source::{Content, PageSource, SourceKind};
 use crate::stats::Counters;
 use crate::sync::{AtomicUsize, Condvar, Mutex, MutexGuard, yield_now};
@@ -75,8 +75,8 @@ pub(crate) struct State {
     pub(crate) backlog: Backlog,
     around: Around,
     events: Vec<Event>,
-    /// For content at hand, one piece long.
-    pub(crate) scratch: Vec<u8>,
+    /// For content at hand.
+    pub(crate) scratch: Scratch,
 }
 
 /// What all threads of one pager share.
@@ -85,6 +85,7 @@ pub(crate) struct Service {
     pub(crate) source: Arc<dyn PageSource>,
     pub(crate) tracking: WriteTracking,
     pub(crate) failure: FailureSignal,
+    pub(crate) sizes: Sizes,
     state: Mutex<State>,
     /// There is work for a worker, or the pager stops.
     pub(crate) work: Condvar,
@@ -116,9 +117,10 @@ impl Service {
             backlog: Backlog::default(),
             around: Around::new(fault_around_pages),
             events: Vec::new(),
-            scratch: Vec::new(),
+            scratch: Scratch::default(),
         };
         Self {
+            sizes: Sizes::of_pages(kernel.page_bytes()),
             kernel,
             source,
             tracking,
@@ -230,6 +232,8 @@ impl Service {
     fn take_in(&self, state: &mut State, event: Event, now: Instant) {
         match event {
             Event::Fault { page, kind } => {
+                // How the bench's recorded resume was made; costs one look at a flag.
+                tracing::trace!(target: "torpor_pager::faults", page, ?kind);
                 if state.machine.fault(page, kind, now).is_err() {
                     let limit = crate::machine::FAULTS_MAX;
                     self.fail(PagerFailure::TooManyFaults { limit });
@@ -239,19 +243,36 @@ impl Service {
                 start_byte,
                 end_byte,
             } => {
-                let run = state.machine.remove(start_byte, end_byte);
+                let (run, some_there) = state.machine.remove(start_byte, end_byte);
                 // What the guest gives back is not to be filled for it.
                 state.backlog.drop_overlapping(run);
                 state.counters.stats.removes += 1;
                 state.counters.stats.pages_removed += run.pages;
-                if run.pages > 0
-                    && let Err(error) = self.kernel.drop_late_copies(run)
-                {
+                // A copy that came late was ours: without one there is nothing to look for.
+                if some_there && let Err(error) = self.kernel.drop_late_copies(run) {
                     self.fail_kernel("drop late copies", run.first_page, error);
                 }
             }
             Event::Stray { host_addr } => self.fail(PagerFailure::UnknownAddress { host_addr }),
         }
+    }
+
+    /// One look on the way to rest: reads all events, drops what is left to prefetch. Returns how many
+    /// faults wait, and the pages that the kernel must not have.
+    pub(crate) fn settle_once(&self) -> Result<(usize, PageSet), PagerError> {
+        let mut state = self.lock();
+        state.prefetch = VecDeque::new();
+        self.drain_for_others(&mut state);
+        if let Some(failure) = self.failure.get() {
+            return Err(PagerError::Failed(failure));
+        }
+        if state.vmm_gone {
+            return Err(PagerError::VmmGone);
+        }
+        Ok((
+            state.machine.waiting().0,
+            state.machine.removed_and_absent(),
+        ))
     }
 
     // One fault
@@ -286,13 +307,11 @@ impl Service {
             Some(rest) if self.protects(kind) => self.data_from(state, page, rest),
             _ => PageRun::new(page, 1),
         };
-        let mut scratch = std::mem::take(&mut state.scratch);
-        scratch.resize(bytes(run.pages), 0);
-        let filled = self.source.at_hand(run, &mut scratch).map(|content| {
+        let buf = state.scratch.first(self.sizes.bytes(run.pages));
+        let filled = self.source.at_hand(run, buf).map(|content| {
             let protect = self.protects(kind);
             self.kernel.copy(page, content, protect)
         });
-        state.scratch = scratch;
         let window = claimed.unwrap_or_else(|| state.around.window(page, self.region(page), false));
         match filled {
             None | Some(Ok(Filled::Missing)) => {
@@ -301,7 +320,7 @@ impl Service {
             }
             Some(filled) => {
                 let done_pages = match &filled {
-                    Ok(Filled::Bytes(bytes)) => bytes / PAGE_SIZE_U64,
+                    Ok(Filled::Bytes(bytes)) => bytes / self.sizes.page_bytes,
                     _ => 1,
                 };
                 if !self.fault_filled(state, page, kind, filled, SourceKind::Data) {
@@ -574,7 +593,7 @@ impl Service {
             // The page may have been discarded, or brought in, while its content was fetched.
             match (state.machine.need(page), state.machine.kind(page)) {
                 (Need::Source, Some(kind)) => {
-                    let content = Content::Bytes(slice(at_once, page, 1, buf));
+                    let content = Content::Bytes(self.sizes.slice(at_once, page, 1, buf));
                     let filled = self.kernel.copy(page, content, self.protects(kind));
                     if !self.fault_filled(&mut state, page, kind, filled, SourceKind::Data) {
                         return;

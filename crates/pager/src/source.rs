@@ -49,7 +49,8 @@ pub trait PageSource: Send + Sync + 'static {
     ///
     /// Must not block: it is called while the page states are locked, by the thread that reads the
     /// kernel's events. `buf` is as long as the run and may be filled and returned. Asked for at
-    /// most [`FILL_PAGES_MAX`](crate::FILL_PAGES_MAX) pages, all of kind [`SourceKind::Data`].
+    /// most [`FILL_PAGES_MAX`](crate::FILL_PAGES_MAX) pages, all of kind [`SourceKind::Data`]; for a
+    /// guest of huge pages, and a source whose [`PageSource::block_pages`] is 1, for one of them.
     fn at_hand<'a>(&'a self, run: PageRun, buf: &'a mut [u8]) -> Option<Content<'a>> {
         let _ = (run, buf);
         None

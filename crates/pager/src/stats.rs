@@ -12,7 +12,7 @@ const LATENCY_US_MAX: u64 = 60_000_000;
 /// Two significant digits: about 20 KiB, and a percentile is right to 1 %.
 const LATENCY_DIGITS: u8 = 2;
 
-/// A pager's figures since its start.
+/// A pager's figures since its start. Pages are of 4 KiB, also where the guest's are larger.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PagerStats {
     /// Page faults answered, write-protect faults included.
@@ -45,6 +45,20 @@ pub struct PagerStats {
     pub p99_us: u64,
     /// All were.
     pub max_us: u64,
+}
+
+impl PagerStats {
+    /// In base pages, of each of which a page of the guest's memory has so many.
+    pub(crate) fn in_base_pages(self, base_pages: u64) -> Self {
+        Self {
+            pages_copied: self.pages_copied * base_pages,
+            pages_zeroed: self.pages_zeroed * base_pages,
+            pages_around: self.pages_around * base_pages,
+            pages_prefetched: self.pages_prefetched * base_pages,
+            pages_removed: self.pages_removed * base_pages,
+            ..self
+        }
+    }
 }
 
 /// How long faults waited, from their being read to the wake; of one guest or of several.

@@ -17,7 +17,7 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::error::PagerError;
-use crate::page_set::PAGE_SIZE_U64;
+use crate::page_set::{HUGE_PAGE_BYTES, PAGE_SIZE_U64};
 use crate::source::Content;
 
 const UFFD_API: u64 = 0xAA;
@@ -116,6 +116,42 @@ struct UffdMsg {
     arg: [u64; 3],
 }
 
+impl UffdMsg {
+    /// What it says; `None` for an event that was not asked for.
+    fn event(&self) -> Option<RawEvent> {
+        let [first, second, _] = self.arg;
+        match self.event {
+            EVENT_PAGEFAULT => Some(RawEvent::Fault {
+                host_addr: second,
+                write: first & PAGEFAULT_FLAG_WRITE != 0,
+                protected: first & PAGEFAULT_FLAG_WP != 0,
+                unmapped: first & PAGEFAULT_FLAG_MINOR != 0,
+            }),
+            EVENT_REMOVE => Some(RawEvent::Remove {
+                start: first,
+                end: second,
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// An event from its bytes as they are read.
+#[cfg(any(test, feature = "fuzz"))]
+#[cfg(not(feature = "shuttle"))]
+pub(crate) fn event_of(bytes: &[u8; 32]) -> Option<RawEvent> {
+    let word = |at: usize| {
+        let word = bytes[at..].first_chunk::<8>();
+        word.map_or(0, |word| u64::from_ne_bytes(*word))
+    };
+    let message = UffdMsg {
+        event: bytes[0],
+        arg: [word(8), word(16), word(24)],
+        ..UffdMsg::default()
+    };
+    message.event()
+}
+
 const _: () = assert!(size_of::<UffdMsg>() == 32, "struct uffd_msg is 32 bytes");
 const _: () = assert!(
     size_of::<UffdioCopy>() == 0x28,
@@ -184,7 +220,8 @@ pub struct Region {
     pub len_bytes: u64,
     /// Its offset in the guest's memory file.
     pub guest_offset_bytes: u64,
-    /// The size of the pages that back it. Only 4096 is served so far.
+    /// The size of the pages that back it: 4096, or 2 MiB for anonymous memory of huge pages
+    /// (`MAP_HUGETLB`). Transparent huge pages are 4096: the kernel splits them by itself.
     pub page_size: u32,
 }
 
@@ -199,11 +236,12 @@ impl Region {
                 why,
             })
         };
-        if u64::from(self.page_size) != PAGE_SIZE_U64 {
-            return refuse("only memory of 4 KiB pages is served; give the VMM no huge pages");
+        let page_bytes = u64::from(self.page_size);
+        if ![PAGE_SIZE_U64, HUGE_PAGE_BYTES].contains(&page_bytes) {
+            return refuse("only memory of 4 KiB or 2 MiB pages is served");
         }
         let values = [self.host_addr, self.len_bytes, self.guest_offset_bytes];
-        if values.iter().any(|value| value % PAGE_SIZE_U64 != 0) || self.len_bytes == 0 {
+        if values.iter().any(|value| value % page_bytes != 0) || self.len_bytes == 0 {
             return refuse("address, length and offset must be whole pages, the length not zero");
         }
         if self.host_addr.checked_add(self.len_bytes).is_none()
@@ -315,7 +353,9 @@ impl Uffd {
             };
             ioctl(&self.fd, UFFDIO_REGISTER, &mut arg)
         };
-        let registered = match register(mode | REGISTER_MODE_MINOR) {
+        let small = u64::from(region.page_size) == PAGE_SIZE_U64;
+        let minor = if small { REGISTER_MODE_MINOR } else { 0 };
+        let registered = match register(mode | minor) {
             // Not shared memory, or an older kernel.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => register(mode),
             registered => registered,
@@ -452,19 +492,12 @@ impl Uffd {
         };
         let count = got_bytes / size_of::<UffdMsg>();
         for message in &messages[..count] {
-            let [first, second, _] = message.arg;
-            match message.event {
-                EVENT_PAGEFAULT => sink(RawEvent::Fault {
-                    host_addr: second,
-                    write: first & PAGEFAULT_FLAG_WRITE != 0,
-                    protected: first & PAGEFAULT_FLAG_WP != 0,
-                    unmapped: first & PAGEFAULT_FLAG_MINOR != 0,
-                }),
-                EVENT_REMOVE => sink(RawEvent::Remove {
-                    start: first,
-                    end: second,
-                }),
-                other => tracing::warn!(event = other, "userfaultfd event that was not asked for"),
+            match message.event() {
+                Some(event) => sink(event),
+                None => tracing::warn!(
+                    event = message.event,
+                    "userfaultfd event that was not asked for"
+                ),
             }
         }
         Ok(count == EVENTS_PER_READ)
@@ -693,8 +726,12 @@ mod tests {
             page_size,
         };
         assert!(region(4096, 8192, 4096).check().is_ok());
+        assert!(region(2 << 20, 4 << 20, 2 << 20).check().is_ok());
         for (bad, why) in [
-            (region(4096, 8192, 2 << 20), "huge pages"),
+            (region(4096, 8192, 1 << 30), "4 KiB or 2 MiB"),
+            (region(4096, 8192, u32::MAX), "4 KiB or 2 MiB"),
+            (region(2 << 20, 3 << 20, 2 << 20), "whole pages"),
+            (region(1 << 20, 2 << 20, 2 << 20), "whole pages"),
             (region(4097, 8192, 4096), "whole pages"),
             (region(4096, 0, 4096), "not zero"),
             (

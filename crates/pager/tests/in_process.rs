@@ -439,3 +439,23 @@ fn a_failure_is_told_to_whoever_waits_and_keeps_its_cause() {
         "guest page 7 could not be read in 4 attempts: the disk is on fire"
     );
 }
+
+/// Fails (hangs, until the pager gives up waiting for its reader) if a nudge that ends the reader's
+/// polling is taken for a time-out: tried.
+#[test]
+fn a_pager_stops_while_its_reader_polls_for_the_next_fault() {
+    for round in 0..60 {
+        let guest = Guest::new(Memory::Anonymous, 64);
+        let mut plan = TestSource::new(64);
+        plan.read_one_of = u64::MAX;
+        let pager = guest.pager(&Arc::new(plan), WriteTracking::Off, |config| {
+            config.fault_around_pages = 1;
+        });
+        // Faults that follow each other at once make it poll.
+        for page in 0..20 {
+            assert_eq!(guest.read(page), Content::Generation(0));
+        }
+        let stopped = pager.shutdown();
+        assert!(stopped.is_ok(), "round {round}: {stopped:?}");
+    }
+}

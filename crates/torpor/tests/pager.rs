@@ -9,6 +9,7 @@
     clippy::cast_possible_truncation,
     clippy::multiple_unsafe_ops_per_block,
     clippy::panic,
+    clippy::print_stderr,
     clippy::print_stdout,
     clippy::unwrap_used,
     reason = "tests are documented by their names and fail by panicking, helpers included"
@@ -36,6 +37,7 @@ use torpor_pager::{Region, Uffd, WriteTracking};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const PAGE: usize = 4096;
+const HUGE_PAGE: usize = 2 << 20;
 const PAGES: usize = 2048;
 const ROLE: &str = "TORPOR_TEST_PAGER_SOCKET";
 
@@ -137,10 +139,21 @@ struct Vmm {
 
 impl Vmm {
     fn start(socket: &Path, pages: usize) -> Self {
+        Self::start_with(socket, pages, PAGE)
+    }
+
+    /// With memory of huge pages, if the host has some left.
+    fn start_huge(socket: &Path) -> Option<Self> {
+        let mut vmm = Self::start_with(socket, PAGES, HUGE_PAGE);
+        (vmm.answer() == "memory").then_some(vmm)
+    }
+
+    fn start_with(socket: &Path, pages: usize, page_size: usize) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "vmm_role", "--nocapture", "--test-threads=1"])
             .env(ROLE, socket)
             .env("PAGES", pages.to_string())
+            .env("PAGE_SIZE", page_size.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -158,6 +171,10 @@ impl Vmm {
 
     fn ask(&mut self, command: &str) -> String {
         self.send(command);
+        self.answer()
+    }
+
+    fn answer(&mut self) -> String {
         loop {
             let mut line = String::new();
             let got = self.stdout.read_line(&mut line).unwrap();
@@ -201,11 +218,24 @@ fn vmm_role() {
     let Ok(socket) = std::env::var(ROLE) else {
         return;
     };
-    let pages: usize = std::env::var("PAGES").unwrap().parse().unwrap();
+    let number = |name| std::env::var(name).unwrap().parse::<usize>().unwrap();
+    let (pages, page_size) = (number("PAGES"), number("PAGE_SIZE"));
     let (len, rw) = (pages * PAGE, ProtFlags::READ | ProtFlags::WRITE);
+    let mut flags = MapFlags::PRIVATE;
+    flags.set(
+        MapFlags::HUGETLB | MapFlags::HUGE_2MB,
+        page_size == HUGE_PAGE,
+    );
     let null = std::ptr::null_mut();
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing.
-    let memory = unsafe { rustix::mm::mmap_anonymous(null, len, rw, MapFlags::PRIVATE) };
+    let memory = unsafe { rustix::mm::mmap_anonymous(null, len, rw, flags) };
+    if page_size == HUGE_PAGE {
+        let there = memory.is_ok();
+        println!("@ {}", if there { "memory" } else { "no memory" });
+        if !there {
+            return;
+        }
+    }
     let memory: *mut u64 = memory.unwrap().cast();
     let addr = memory.expose_provenance() as u64;
     let uffd = Uffd::create().unwrap();
@@ -216,14 +246,14 @@ fn vmm_role() {
         host_addr: addr + offset,
         len_bytes: half,
         guest_offset_bytes: offset,
-        page_size: 4096,
+        page_size: page_size as u32,
     });
     for region in &regions {
         uffd.register(region, WriteTracking::Off).unwrap();
     }
     let json = regions.map(|region| {
         format!(
-            "{{\"base_host_virt_addr\":{},\"size\":{},\"offset\":{},\"page_size\":4096,\"page_size_kib\":4096}}",
+            "{{\"base_host_virt_addr\":{},\"size\":{},\"offset\":{},\"page_size\":{page_size},\"page_size_kib\":{page_size}}}",
             region.host_addr, region.len_bytes, region.guest_offset_bytes
         )
     });
@@ -322,6 +352,32 @@ fn several_vmms_at_once_get_their_memory_and_are_reported() {
         told.iter()
             .all(|vmm| pids.contains(&vmm["pid"].as_u64().unwrap()))
     );
+}
+
+/// Needs huge pages of the host; says so in a line where there are none.
+#[test]
+fn a_vmm_of_huge_pages_is_served() {
+    let mut served = Served::on_memory_file(PAGES, &["--connections", "1"]);
+    let Some(mut vmm) = Vmm::start_huge(&served.socket()) else {
+        eprintln!("not run: this host has not enough huge pages (sysctl vm.nr_hugepages=64)");
+        return;
+    };
+    let sum = |pages: std::ops::Range<usize>| pages.sum::<usize>().to_string();
+    assert_eq!(vmm.ask("read 700"), "700");
+    assert_eq!(vmm.ask("read 150"), "0");
+    assert_eq!(vmm.ask("sum 200 2048"), sum(200..2048));
+    assert_eq!(vmm.ask("discard 512 1024"), "discarded");
+    assert_eq!(vmm.ask("sum 512 1536"), "0");
+    assert_eq!(vmm.ask("sum 1536 2048"), sum(1536..2048));
+    drop(vmm);
+    assert_eq!(served.end(), 0);
+    let report = served.report().unwrap();
+    let figure = |name: &str| report[name].as_u64().unwrap();
+    assert_eq!(figure("pages_copied"), 2048);
+    // One for each region that it lies in.
+    assert_eq!((figure("removes"), figure("pages_removed")), (2, 1024));
+    assert_eq!(figure("pages_zeroed"), 1024);
+    assert_eq!(figure("faults"), 6);
 }
 
 #[test]

@@ -8,21 +8,23 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::Parser;
 use serde::Serialize;
+use torpor_build::BuildId;
 use torpor_demo::arms::{ArmReport, PLAIN, RECLAIM_DRAIN, prepare};
 use torpor_demo::baseline::{self, Baseline};
 use torpor_demo::bench_space::BenchSpace;
+use torpor_demo::crowd::{self, Crowd};
 use torpor_demo::limits::{self, Limit};
 use torpor_demo::mib;
 use torpor_demo::program::run_to_end;
 use torpor_demo::report::{self, table, write_json};
 use torpor_demo::series::{self, Mode, Series};
-use torpor_demo::targets::{Target, targets};
+use torpor_demo::targets::{Target, resume_targets, targets};
 use torpor_demo::templates::Templates;
 use torpor_demo::watch::Watch;
 use torpor_sandbox::host::Host;
 
-/// Three templates, three stages for each of two arms, the series, and the baseline's two.
-const STAGES: u64 = 3 + 2 * 3 + Mode::ALL.len() as u64 + 2;
+/// Three templates, three stages for each of two arms, the series, the clones, and the baseline's two.
+const STAGES: u64 = 3 + 2 * 3 + Mode::ALL.len() as u64 + 1 + 2;
 
 /// Measure torpor against its targets, and against QEMU's own way.
 #[derive(Debug, Parser)]
@@ -35,6 +37,9 @@ struct Args {
     /// Resumes of each kind
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     iterations: u32,
+    /// Clones that are kept alive at once to see what memory they take together
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
+    clones: u32,
     /// Where storage and results go; the storage in it is emptied first
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
     out: PathBuf,
@@ -51,6 +56,7 @@ struct BenchReport {
     targets: Vec<Target>,
     arms: [ArmReport; 2],
     resume: Vec<Series>,
+    clones: Crowd,
     qemu_migrate: Baseline,
     torpor_to_qemu: Ratios,
     limits: Vec<Limit>,
@@ -85,19 +91,15 @@ async fn run(args: Args) -> Result<bool> {
     let watch = Watch::new(STAGES);
     let arms = run_arms(&host, &watch).await?;
     let [plain, lean] = &arms;
-    let mut resume = Vec::new();
-    for mode in Mode::ALL {
-        resume.push(
-            Box::pin(series::run(
-                &host,
-                &lean.build,
-                mode,
-                args.iterations,
-                &watch,
-            ))
-            .await?,
-        );
-    }
+    let resume = run_series(&host, &lean.build, args.iterations, &watch).await?;
+    let clones = Box::pin(crowd::run(
+        &host,
+        &lean.build,
+        args.clones,
+        torpor_demo::GUEST_MEMORY_BYTES,
+        &watch,
+    ))
+    .await?;
     let qemu = Box::pin(baseline::run(
         &host,
         &space.file(""),
@@ -116,15 +118,18 @@ async fn run(args: Args) -> Result<bool> {
     ] {
         limits.push(limits::measure(bytes, &space.file(""))?);
     }
+    let mut targets = targets(lean, plain, warm_ms);
+    targets.extend(resume_targets(&resume));
     let verified = arms.iter().all(|arm| arm.verified) && qemu.verification.verified;
     let report = BenchReport {
         version: 1,
         vmm: host.vmm().identity().to_string(),
         iterations: args.iterations,
-        targets: targets(lean, plain, warm_ms),
+        targets,
         torpor_to_qemu: ratios(lean, &qemu, warm_ms),
         arms,
         resume,
+        clones,
         qemu_migrate: qemu,
         limits,
         verified,
@@ -140,6 +145,19 @@ async fn run(args: Args) -> Result<bool> {
         json.display()
     )?;
     Ok(verified)
+}
+
+async fn run_series(
+    host: &Host,
+    build: &BuildId,
+    iterations: u32,
+    watch: &Watch,
+) -> Result<Vec<Series>> {
+    let mut all = Vec::new();
+    for mode in Mode::ALL {
+        all.push(Box::pin(series::run(host, build, mode, iterations, watch)).await?);
+    }
+    Ok(all)
 }
 
 async fn run_arms(host: &Host, watch: &Watch) -> Result<[ArmReport; 2]> {
@@ -203,6 +221,7 @@ fn text(report: &BenchReport) -> String {
         targets,
         arms,
         series,
+        report.clones.text(),
         beside_text(report),
         limits_text(&report.limits),
     ]

@@ -39,7 +39,15 @@ pub(crate) struct MinimalLoop {
 
 impl MinimalLoop {
     pub(crate) fn start(memory: &Memory, source: &Memory) -> Self {
-        let uffd = RawUffd::new(memory);
+        Self::serve(RawUffd::new(memory, false), memory, source)
+    }
+
+    /// The same, with writes tracked by the kernel.
+    pub(crate) fn start_tracked(memory: &Memory, source: &Memory) -> Self {
+        Self::serve(RawUffd::new(memory, true), memory, source)
+    }
+
+    fn serve(uffd: RawUffd, memory: &Memory, source: &Memory) -> Self {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let stopped = rustix::event::eventfd(0, flags).unwrap();
         let stop = Arc::new((AtomicBool::new(false), stopped));
@@ -143,7 +151,7 @@ pub(crate) fn file_source(file: &File) -> Arc<FileSource> {
 pub(crate) fn raw_copy(kind: Kind, pages: usize, chunk: usize) -> f64 {
     pin(SERVERS_CPU);
     let memory = Memory::new(kind, pages);
-    let uffd = RawUffd::new(&memory);
+    let uffd = RawUffd::new(&memory, false);
     let buf = vec![7_u8; chunk];
     let started = Instant::now();
     for offset in (0..pages * PAGE).step_by(chunk) {
@@ -193,7 +201,7 @@ pub(crate) fn touch_all(memory: &Memory, order: &[u32], threads: usize, check: b
 }
 
 /// A touch that takes longer than this was a fault.
-const FAULT_MIN: Duration = Duration::from_micros(3);
+pub(crate) const FAULT_MIN: Duration = Duration::from_micros(3);
 
 /// Time between two single faults: whatever was begun for the first is over.
 const SINGLE_GAP: Duration = Duration::from_micros(150);

@@ -4,7 +4,7 @@
 //! rounds. Touching threads stand on one processor, whoever serves them on another. Options, as
 //! environment variables: `PAGER_BENCH_ROUNDS` (5), `PAGER_BENCH_MIB` (128), `PAGER_BENCH_OUT`
 //! (a directory for `pager.json` and `pager.svg`), `PAGER_BENCH_ONLY` (some of `limits single all
-//! churn`).
+//! build replay clones churn`).
 #![allow(
     missing_docs,
     clippy::cast_possible_truncation,
@@ -18,7 +18,9 @@
 )]
 
 mod arms;
+mod build;
 mod memory;
+mod replay;
 mod report;
 
 use std::collections::BTreeMap;
@@ -30,6 +32,7 @@ use std::time::Duration;
 use torpor_pager::{FileSource, WriteTracking};
 
 use arms::{Latency, MinimalLoop, ReadSource, Rng, Touched};
+use build::Build;
 use memory::{Kind, Memory, PAGE};
 use report::Report;
 
@@ -45,12 +48,16 @@ fn number(name: &str, default: usize) -> usize {
     value.map_or(default, |value| value.parse().unwrap())
 }
 
+/// Clones of one guest.
+const CLONES: usize = 20;
+
 type Step = fn(&mut Bench);
 
 struct Bench {
     file: File,
     pages: usize,
     cached: Memory,
+    build: Build,
     samples: BTreeMap<String, Vec<f64>>,
 }
 
@@ -60,6 +67,7 @@ fn main() {
     let file = memory_file(pages);
     let cached = Memory::of_file(&file, pages, true);
     let mut bench = Bench {
+        build: Build::of(&file, pages),
         file,
         pages,
         cached,
@@ -80,15 +88,32 @@ fn main() {
 /// A raw memory file, every page of it stamped with its number, in the page cache.
 fn memory_file(pages: usize) -> File {
     let mut file = tempfile::tempfile().unwrap();
-    let mut chunk = vec![0x5a_u8; 256 * PAGE];
+    let mut chunk = vec![0; 256 * PAGE];
     for first in (0..pages).step_by(256) {
-        for (bytes, page) in chunk.chunks_mut(PAGE).zip(first..) {
-            bytes[..8].copy_from_slice(&(page as u64).to_le_bytes());
-        }
+        stamp(&mut chunk, first);
         file.write_all(&chunk).unwrap();
     }
     file.sync_all().unwrap();
     file
+}
+
+/// Pages that begin with their number, and compress about as well and are decoded about as fast as
+/// a guest's memory: 32 bytes like the 32 before them, or, one time in three, new ones.
+fn stamp(chunk: &mut [u8], first: usize) {
+    let mut rng = Rng(first as u64 + 1);
+    for (bytes, page) in chunk.chunks_mut(PAGE).zip(first..) {
+        let mut words = [0; 32];
+        for bytes in bytes.chunks_mut(32) {
+            if rng.below(3) == 0 {
+                for word in words.chunks_mut(8) {
+                    rng.below(2);
+                    word.copy_from_slice(&rng.0.to_le_bytes());
+                }
+            }
+            bytes.copy_from_slice(&words);
+        }
+        bytes[..8].copy_from_slice(&(page as u64).to_le_bytes());
+    }
 }
 
 impl Bench {
@@ -110,10 +135,13 @@ impl Bench {
 
     fn round(&mut self) {
         let wanted = std::env::var("PAGER_BENCH_ONLY").unwrap_or_default();
-        let steps: [(&str, Step); 4] = [
+        let steps: [(&str, Step); 7] = [
             ("limits", Self::limits),
             ("single", Self::single),
             ("all", Self::all),
+            ("build", Self::build),
+            ("replay", Self::replay),
+            ("clones", Self::clones),
             ("churn", Self::churn),
         ];
         for (name, step) in steps {
@@ -129,6 +157,10 @@ impl Bench {
                 let rate = arms::raw_copy(kind, self.pages, chunk);
                 self.sample(&format!("raw copy {name} {size} pages/s"), rate);
             }
+        }
+        for (pages, size) in [(1, "1 page"), (16, "64K"), (64, "256K")] {
+            let rate = self.build.decoding(self.pages, pages);
+            self.sample(&format!("build decoded {size} pages/s"), rate);
         }
         let order = sequential(self.pages);
         let memory = Memory::new(Kind::Anonymous, self.pages);
@@ -194,14 +226,103 @@ impl Bench {
         touched
     }
 
+    /// A compressed build in place of the raw file: with what is in the page cache decoded by the
+    /// reader, and all of it by a worker.
+    fn build(&mut self) {
+        for (by_worker, name) in [(false, "build"), (true, "build by worker")] {
+            for (order, how) in [
+                (sequential(self.pages), "sequential 1"),
+                (random(self.pages), "random 1"),
+            ] {
+                let memory = Memory::new(Kind::Anonymous, self.pages);
+                let source = Arc::new(self.build.source(by_worker));
+                let pager = arms::pager(&memory, source, WriteTracking::Off, Vec::new());
+                let touched = arms::touch_all(&memory, &order, 1, true);
+                self.touched(&format!("{how} {name}"), touched);
+                arms::checked(&pager);
+            }
+            let order = &random(self.pages)[..SINGLE_FAULTS];
+            let memory = Memory::new(Kind::Anonymous, self.pages);
+            let source = Arc::new(self.build.source(by_worker));
+            let pager = arms::pager(&memory, source, WriteTracking::Off, Vec::new());
+            let latency = arms::touch_single(&memory, order, true);
+            self.latency(&format!("single {name}"), latency);
+            arms::checked(&pager);
+        }
+    }
+
+    /// A recorded real resume: faults as they come, and with the recorded working set.
+    fn replay(&mut self) {
+        let trace = replay::trace();
+        let file = replay::memory_file(&trace);
+        let cached = Memory::of_file(&file, replay::GUEST_PAGES, true);
+        let memory = Memory::new(Kind::Anonymous, replay::GUEST_PAGES);
+        let minimal = MinimalLoop::start(&memory, &cached);
+        self.touched("replay minimal", replay::replay(&memory, &trace));
+        drop((minimal, memory));
+        for (prefetch, name) in [
+            (Vec::new(), "replay pager"),
+            (replay::working_set(&trace), "replay pager recorded"),
+        ] {
+            let memory = Memory::new(Kind::Anonymous, replay::GUEST_PAGES);
+            let source = arms::file_source(&file);
+            let pager = arms::pager(&memory, source, WriteTracking::Off, prefetch);
+            let touched = replay::replay(&memory, &trace);
+            self.touched(name, touched);
+            arms::checked(&pager);
+        }
+    }
+
+    /// What guests that each replay the resume take together, in guest memory: served by pagers,
+    /// and as private mappings of one file.
+    fn clones(&mut self) {
+        let trace = replay::trace();
+        let file = replay::memory_file(&trace);
+        let mut before = replay::taken_bytes();
+        let mut served = Vec::new();
+        for clone in 1..=CLONES {
+            let memory = Memory::new(Kind::Anonymous, replay::GUEST_PAGES);
+            let source = arms::file_source(&file);
+            let pager = arms::pager(&memory, source, WriteTracking::Off, Vec::new());
+            replay::replay(&memory, &trace);
+            served.push((pager, memory));
+            self.taken("clones served", clone, before);
+        }
+        drop(served);
+        before = replay::taken_bytes();
+        let mut mapped = Vec::new();
+        for clone in 1..=CLONES {
+            let memory = Memory::of_private_file(&file, replay::GUEST_PAGES);
+            replay::replay(&memory, &trace);
+            mapped.push(memory);
+            self.taken("clones of a mapped file", clone, before);
+        }
+    }
+
+    fn taken(&mut self, name: &str, clones: usize, before: f64) {
+        if clones == 1 || clones == CLONES {
+            let taken = replay::taken_bytes() - before;
+            self.sample(
+                &format!("{name}, {clones}: MiB"),
+                taken / f64::from(1 << 20),
+            );
+        }
+    }
+
     /// A guest that frees and faults all the time.
     fn churn(&mut self) {
-        for (kind, name) in [
-            (Kind::Anonymous, "minimal"),
-            (Kind::SharedMemfd, "minimal memfd"),
-        ] {
+        type Start = fn(&Memory, &Memory) -> MinimalLoop;
+        let mut arms: Vec<(Kind, &str, Start)> = vec![
+            (Kind::Anonymous, "minimal", MinimalLoop::start),
+            (Kind::SharedMemfd, "minimal memfd", MinimalLoop::start),
+        ];
+        if WriteTracking::best_of_host().unwrap() == WriteTracking::Async {
+            let start = MinimalLoop::start_tracked;
+            arms.push((Kind::SharedMemfd, "minimal memfd tracked", start));
+        }
+        for (kind, name, start) in arms {
             let memory = Memory::new(kind, self.pages);
-            let minimal = MinimalLoop::start(&memory, &self.cached);
+            let minimal = start(&memory, &self.cached);
             let touched = arms::churn(&memory, CHURN_THREADS, CHURN, false);
             self.touched(&format!("churn {name}"), touched);
             drop((minimal, memory));

@@ -65,6 +65,19 @@ impl Memory {
         }
     }
 
+    /// A file, mapped as a VMM maps it that is to share its pages until they are written.
+    pub(crate) fn of_private_file(file: &File, pages: usize) -> Self {
+        let (null, rw) = (std::ptr::null_mut(), ProtFlags::READ | ProtFlags::WRITE);
+        // SAFETY: as in `new`.
+        let mapped =
+            unsafe { rustix::mm::mmap(null, pages * PAGE, rw, MapFlags::PRIVATE, file, 0) };
+        Self {
+            addr: mapped.unwrap().expose_provenance(),
+            pages,
+            memfd: None,
+        }
+    }
+
     fn at(&self, page: usize) -> *mut u64 {
         assert!(page < self.pages);
         std::ptr::with_exposed_provenance_mut(self.addr + page * PAGE)
@@ -107,10 +120,12 @@ impl Drop for Memory {
 /// A userfaultfd as bare as it gets.
 pub(crate) struct RawUffd {
     fd: OwnedFd,
+    /// Whether pages are copied write-protected, for the kernel to lift.
+    tracked: bool,
 }
 
 impl RawUffd {
-    pub(crate) fn new(memory: &Memory) -> Self {
+    pub(crate) fn new(memory: &Memory, tracked: bool) -> Self {
         // SAFETY: takes an integer, touches no memory of ours.
         let fd =
             unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
@@ -118,13 +133,24 @@ impl RawUffd {
         assert!(fd >= 0, "no userfaultfd: {}", io::Error::last_os_error());
         // SAFETY: the kernel has just given it to us.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let uffd = Self { fd };
-        let features = general::UFFD_FEATURE_EVENT_REMOVE | general::UFFD_FEATURE_MISSING_SHMEM;
+        let uffd = Self { fd, tracked };
+        let mut features = general::UFFD_FEATURE_EVENT_REMOVE | general::UFFD_FEATURE_MISSING_SHMEM;
+        let mut mode = general::UFFDIO_REGISTER_MODE_MISSING;
+        if tracked {
+            features |= general::UFFD_FEATURE_PAGEFAULT_FLAG_WP
+                | general::UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+                | general::UFFD_FEATURE_WP_UNPOPULATED
+                | general::UFFD_FEATURE_WP_ASYNC;
+            mode |= general::UFFDIO_REGISTER_MODE_WP;
+        }
         uffd.ioctl(ioctl::UFFDIO_API, &mut [0xAA, u64::from(features), 0])
             .unwrap();
         let len = (memory.pages * PAGE) as u64;
-        uffd.ioctl(ioctl::UFFDIO_REGISTER, &mut [memory.addr as u64, len, 1, 0])
-            .unwrap();
+        uffd.ioctl(
+            ioctl::UFFDIO_REGISTER,
+            &mut [memory.addr as u64, len, mode.into(), 0],
+        )
+        .unwrap();
         uffd
     }
 
@@ -140,7 +166,12 @@ impl RawUffd {
     }
 
     pub(crate) fn copy(&self, to: usize, from: usize, len: usize) -> io::Result<()> {
-        let mut arg = [to as u64, from as u64, len as u64, 0, 0];
+        let mode = if self.tracked {
+            general::UFFDIO_COPY_MODE_WP
+        } else {
+            0
+        };
+        let mut arg = [to as u64, from as u64, len as u64, mode.into(), 0];
         self.ioctl(ioctl::UFFDIO_COPY, &mut arg)
     }
 

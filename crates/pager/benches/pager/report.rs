@@ -35,7 +35,7 @@ type Wanted = (
 );
 
 #[rustfmt::skip]
-const BARS: [Wanted; 14] = [
+const BARS: [Wanted; 25] = [
     ("single random fault, p50: pager / minimal loop", "single pager p50 us", "single minimal p50 us", None, Some(1.25)),
     ("single random fault, p99: pager / minimal loop", "single pager p99 us", "single minimal p99 us", None, Some(2.0)),
     ("sequential, 1 thread: pager / minimal loop", "sequential 1 pager pages/s", "sequential 1 minimal pages/s", Some(8.0), None),
@@ -51,6 +51,18 @@ const BARS: [Wanted; 14] = [
     ("random, 4 threads: pager / minimal loop", "random 4 pager pages/s", "random 4 minimal pages/s", Some(3.0), None),
     ("churn of discards: pager / minimal loop", "churn pager pages/s", "churn minimal pages/s", Some(1.0), None),
     ("churn of discards, memfd tracked: pager / minimal loop", "churn pager memfd tracked pages/s", "churn minimal memfd pages/s", Some(1.0), None),
+    ("churn of discards, memfd: both with writes tracked", "churn pager memfd tracked pages/s", "churn minimal memfd tracked pages/s", Some(1.0), None),
+    ("compressed build, sequential: by the reader / by a worker", "sequential 1 build pages/s", "sequential 1 build by worker pages/s", None, None),
+    ("compressed build, random: by the reader / by a worker", "random 1 build pages/s", "random 1 build by worker pages/s", None, None),
+    ("compressed build, single fault, p50: reader / worker", "single build p50 us", "single build by worker p50 us", None, None),
+    ("compressed build, single fault, p50: build / raw file", "single build p50 us", "single pager p50 us", None, None),
+    ("compressed build, sequential: build / raw file", "sequential 1 build pages/s", "sequential 1 pager pages/s", None, None),
+    ("replayed resume: pager / minimal loop", "replay pager pages/s", "replay minimal pages/s", None, None),
+    ("replayed resume, working set recorded: pager / minimal", "replay pager recorded pages/s", "replay minimal pages/s", None, None),
+    // Without a guest's thinking between its touches the faults run into the prefetching.
+    ("replayed resume: waits, working set recorded / not", "replay pager recorded faults", "replay pager faults", None, None),
+    ("20 clones / 1, memory: each served by a pager", "clones served, 20: MiB", "clones served, 1: MiB", None, None),
+    ("20 clones / 1, memory: private mappings of one file", "clones of a mapped file, 20: MiB", "clones of a mapped file, 1: MiB", None, Some(3.0)),
 ];
 
 impl Report {

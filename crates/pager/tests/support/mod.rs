@@ -190,9 +190,26 @@ pub struct Guest {
     pub addr: u64,
     pub pages: u64,
     pub memfd: Option<OwnedFd>,
+    pub page_size: u32,
 }
 
 impl Guest {
+    /// Anonymous memory of huge pages, if the host has that many left.
+    pub fn of_huge_pages(pages: u64) -> Option<Self> {
+        let len = pages as usize * PAGE_SIZE;
+        let rw = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+        let null = std::ptr::null_mut();
+        // SAFETY: as in `new`.
+        let pointer = unsafe { rustix::mm::mmap_anonymous(null, len, rw, flags) };
+        Some(Self {
+            addr: pointer.ok()?.expose_provenance() as u64,
+            pages,
+            memfd: None,
+            page_size: 2 << 20,
+        })
+    }
+
     pub fn new(memory: Memory, pages: u64) -> Self {
         match memory {
             Memory::Anonymous => {
@@ -206,6 +223,7 @@ impl Guest {
                     addr: pointer.unwrap().expose_provenance() as u64,
                     pages,
                     memfd: None,
+                    page_size: PAGE_SIZE as u32,
                 }
             }
             Memory::SharedMemfd => Self::of_memfd(guest_memfd(pages), pages),
@@ -235,6 +253,7 @@ impl Guest {
             addr: pointer.unwrap().expose_provenance() as u64,
             pages,
             memfd: Some(memfd.try_clone().unwrap()),
+            page_size: PAGE_SIZE as u32,
         }
     }
 
@@ -243,7 +262,7 @@ impl Guest {
             host_addr: self.addr,
             len_bytes: self.pages * PAGE_SIZE as u64,
             guest_offset_bytes: 0,
-            page_size: PAGE_SIZE as u32,
+            page_size: self.page_size,
         }
     }
 
