@@ -13,7 +13,7 @@ use torpor_pager::{
     WriteTracking,
 };
 
-use crate::memory::{Kind, Memory, PAGE, RawUffd};
+use crate::memory::{Memory, PAGE, RawUffd};
 
 const EVENT_PAGEFAULT: u8 = 0x12;
 
@@ -148,10 +148,10 @@ pub(crate) fn file_source(file: &File) -> Arc<FileSource> {
 }
 
 /// Raw UFFDIO_COPY, no fault, from a buffer in the cache. Pages a second.
-pub(crate) fn raw_copy(kind: Kind, pages: usize, chunk: usize) -> f64 {
+pub(crate) fn raw_copy(memory: &Memory, chunk: usize) -> f64 {
     pin(SERVERS_CPU);
-    let memory = Memory::new(kind, pages);
-    let uffd = RawUffd::new(&memory, false);
+    let pages = memory.pages;
+    let uffd = RawUffd::new(memory, false);
     let buf = vec![7_u8; chunk];
     let started = Instant::now();
     for offset in (0..pages * PAGE).step_by(chunk) {

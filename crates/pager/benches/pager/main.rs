@@ -4,7 +4,7 @@
 //! rounds. Touching threads stand on one processor, whoever serves them on another. Options, as
 //! environment variables: `PAGER_BENCH_ROUNDS` (5), `PAGER_BENCH_MIB` (128), `PAGER_BENCH_OUT`
 //! (a directory for `pager.json` and `pager.svg`), `PAGER_BENCH_ONLY` (some of `limits single all
-//! build replay clones churn`).
+//! build huge replay clones churn`).
 #![allow(
     missing_docs,
     clippy::cast_possible_truncation,
@@ -135,11 +135,12 @@ impl Bench {
 
     fn round(&mut self) {
         let wanted = std::env::var("PAGER_BENCH_ONLY").unwrap_or_default();
-        let steps: [(&str, Step); 7] = [
+        let steps: [(&str, Step); 8] = [
             ("limits", Self::limits),
             ("single", Self::single),
             ("all", Self::all),
             ("build", Self::build),
+            ("huge", Self::huge),
             ("replay", Self::replay),
             ("clones", Self::clones),
             ("churn", Self::churn),
@@ -154,7 +155,7 @@ impl Bench {
     fn limits(&mut self) {
         for (kind, name) in [(Kind::Anonymous, "anon"), (Kind::SharedMemfd, "memfd")] {
             for (chunk, size) in [(4 << 10, "4K"), (64 << 10, "64K"), (2 << 20, "2M")] {
-                let rate = arms::raw_copy(kind, self.pages, chunk);
+                let rate = arms::raw_copy(&Memory::new(kind, self.pages), chunk);
                 self.sample(&format!("raw copy {name} {size} pages/s"), rate);
             }
         }
@@ -247,6 +248,28 @@ impl Bench {
             let pager = arms::pager(&memory, source, WriteTracking::Off, Vec::new());
             let latency = arms::touch_single(&memory, order, true);
             self.latency(&format!("single {name}"), latency);
+            arms::checked(&pager);
+        }
+    }
+
+    /// Memory of 2 MiB pages, where the host has some.
+    fn huge(&mut self) {
+        let Some(memory) = Memory::huge(self.pages) else {
+            println!("huge pages were not measured: vm.nr_hugepages is too low");
+            return;
+        };
+        let rate = arms::raw_copy(&memory, 2 << 20);
+        self.sample("raw copy huge 2M pages/s", rate);
+        drop(memory);
+        for (order, how) in [
+            (sequential(self.pages), "sequential 1"),
+            (random(self.pages), "random 1"),
+        ] {
+            let memory = Memory::huge(self.pages).unwrap();
+            let source = arms::file_source(&self.file);
+            let pager = arms::pager(&memory, source, WriteTracking::Off, Vec::new());
+            let touched = arms::touch_all(&memory, &order, 1, true);
+            self.touched(&format!("{how} pager huge"), touched);
             arms::checked(&pager);
         }
     }

@@ -22,9 +22,24 @@ pub(crate) struct Memory {
     pub(crate) addr: usize,
     pub(crate) pages: usize,
     pub(crate) memfd: Option<OwnedFd>,
+    page_size: u32,
 }
 
 impl Memory {
+    /// Anonymous memory of 2 MiB pages, if the host has that many.
+    pub(crate) fn huge(pages: usize) -> Option<Self> {
+        let (null, rw) = (std::ptr::null_mut(), ProtFlags::READ | ProtFlags::WRITE);
+        let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+        // SAFETY: as in `new`.
+        let mapped = unsafe { rustix::mm::mmap_anonymous(null, pages * PAGE, rw, flags) };
+        Some(Self {
+            addr: mapped.ok()?.expose_provenance(),
+            pages,
+            memfd: None,
+            page_size: 2 << 20,
+        })
+    }
+
     pub(crate) fn new(kind: Kind, pages: usize) -> Self {
         let memfd = (kind == Kind::SharedMemfd).then(|| {
             let flags = rustix::fs::MemfdFlags::CLOEXEC;
@@ -45,6 +60,7 @@ impl Memory {
             addr: mapped.unwrap().expose_provenance(),
             pages,
             memfd,
+            page_size: 4096,
         };
         memory.advise(0, pages, Advice::LinuxNoHugepage);
         memory
@@ -62,6 +78,7 @@ impl Memory {
             addr: mapped.unwrap().expose_provenance(),
             pages,
             memfd: None,
+            page_size: 4096,
         }
     }
 
@@ -75,6 +92,7 @@ impl Memory {
             addr: mapped.unwrap().expose_provenance(),
             pages,
             memfd: None,
+            page_size: 4096,
         }
     }
 
@@ -105,7 +123,7 @@ impl Memory {
             host_addr: self.addr as u64,
             len_bytes: (self.pages * PAGE) as u64,
             guest_offset_bytes: 0,
-            page_size: 4096,
+            page_size: self.page_size,
         }
     }
 }

@@ -3,7 +3,7 @@
 //! `resume.trace` says at its top how it was recorded. A line is a first touch: `r` read or `w`
 //! written; `p` is the first write to a page that was read before.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
@@ -23,6 +23,9 @@ const STAMPED_PAGES: usize = 512;
 
 /// Pages of the window around a fault.
 const WINDOW_PAGES: u64 = 16;
+
+/// Pages of a piece of the working set.
+const PIECE_PAGES: u64 = 256;
 
 #[derive(Clone, Copy)]
 pub(crate) struct Touch {
@@ -45,14 +48,29 @@ pub(crate) fn trace() -> Vec<Touch> {
         .collect()
 }
 
-/// The working set as a pager records it: the windows around the touches, in their order.
+/// The working set as a pager records it: the windows around the touches, joined, in pieces that are in
+/// the order of their first touch.
 pub(crate) fn working_set(trace: &[Touch]) -> Vec<PageRun> {
-    let mut seen = HashSet::new();
-    let windows = trace.iter().map(|touch| touch.page as u64 / WINDOW_PAGES);
-    windows
-        .filter(|window| seen.insert(*window))
-        .map(|window| PageRun::new(window * WINDOW_PAGES, WINDOW_PAGES))
-        .collect()
+    let windows: BTreeSet<u64> = trace
+        .iter()
+        .map(|touch| touch.page as u64 / WINDOW_PAGES)
+        .collect();
+    let mut pieces: Vec<PageRun> = Vec::new();
+    for window in windows {
+        let first_page = window * WINDOW_PAGES;
+        match pieces.last_mut() {
+            Some(last) if last.end_page() == first_page && last.pages < PIECE_PAGES => {
+                last.pages += WINDOW_PAGES;
+            }
+            _ => pieces.push(PageRun::new(first_page, WINDOW_PAGES)),
+        }
+    }
+    pieces.sort_by_cached_key(|piece| {
+        let inside =
+            |touch: &Touch| (piece.first_page..piece.end_page()).contains(&(touch.page as u64));
+        trace.iter().position(inside)
+    });
+    pieces
 }
 
 /// A memory file for the trace.

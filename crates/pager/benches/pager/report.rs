@@ -35,7 +35,7 @@ type Wanted = (
 );
 
 #[rustfmt::skip]
-const BARS: [Wanted; 25] = [
+const BARS: [Wanted; 26] = [
     ("single random fault, p50: pager / minimal loop", "single pager p50 us", "single minimal p50 us", None, Some(1.25)),
     ("single random fault, p99: pager / minimal loop", "single pager p99 us", "single minimal p99 us", None, Some(2.0)),
     ("sequential, 1 thread: pager / minimal loop", "sequential 1 pager pages/s", "sequential 1 minimal pages/s", Some(8.0), None),
@@ -57,6 +57,7 @@ const BARS: [Wanted; 25] = [
     ("compressed build, single fault, p50: reader / worker", "single build p50 us", "single build by worker p50 us", None, None),
     ("compressed build, single fault, p50: build / raw file", "single build p50 us", "single pager p50 us", None, None),
     ("compressed build, sequential: build / raw file", "sequential 1 build pages/s", "sequential 1 pager pages/s", None, None),
+    ("huge pages, sequential: pager / raw copy of 2 MiB", "sequential 1 pager huge pages/s", "raw copy huge 2M pages/s", None, None),
     ("replayed resume: pager / minimal loop", "replay pager pages/s", "replay minimal pages/s", None, None),
     ("replayed resume, working set recorded: pager / minimal", "replay pager recorded pages/s", "replay minimal pages/s", None, None),
     // Without a guest's thinking between its touches the faults run into the prefetching.
