@@ -5,7 +5,6 @@
 //! rest by each process's proportional part of what it has mapped.
 
 use anyhow::{Context as _, Result};
-use rustix::fs::fstat;
 use serde::Serialize;
 use torpor_build::BuildId;
 use torpor_sandbox::Sandbox;
@@ -14,9 +13,6 @@ use torpor_sandbox::resume::{ResumeOptions, resume};
 
 use crate::watch::Watch;
 use crate::{mib, ratio};
-
-/// Bytes of a block of `stat`.
-const STAT_BLOCK_BYTES: u64 = 512;
 
 /// What some sandboxes take.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
@@ -99,8 +95,7 @@ fn taken(sandboxes: &[Sandbox], before_bytes: u64) -> Result<Taken> {
         ..Taken::default()
     };
     for sandbox in sandboxes {
-        let memory = fstat(&sandbox.vmm().memory()?.memfd)?;
-        taken.guest_bytes += u64::try_from(memory.st_blocks)? * STAT_BLOCK_BYTES;
+        taken.guest_bytes += sandbox.vmm().memory()?.held_bytes()?;
         taken.vmm_bytes += mapped_bytes(&sandbox.vmm().pid().to_string())?;
     }
     Ok(taken)
