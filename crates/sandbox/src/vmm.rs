@@ -155,6 +155,9 @@ fn jailer_of(binary: &FirecrackerBinary) -> Result<PathBuf, &'static str> {
     if !Jail::has_cgroups() {
         return Err("no cgroup2 is mounted");
     }
+    if !Jail::can_hold(&binary.path).unwrap_or(false) {
+        return Err("it is linked dynamically, and a jail has no loader");
+    }
     Jail::find_jailer(None, &binary.path).ok_or("there is no jailer beside it, nor in PATH")
 }
 

@@ -24,7 +24,7 @@
 use std::env;
 use std::ffi::{CString, OsString};
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
@@ -46,6 +46,12 @@ const MACHINE_ID: &str = "vm";
 /// Under this name stand the cgroups of all jails.
 const CGROUP_PARENT: &str = "torpor";
 
+/// The first bytes of an ELF file of 64 bits, little endian.
+const ELF64_LITTLE_ENDIAN: &[u8] = b"\x7fELF\x02\x01";
+/// How much of a program is looked at. Its program headers come right after the file's own.
+const ELF_HEAD_BYTES: u64 = 4096;
+/// The program header that names a loader.
+const PT_INTERP: usize = 3;
 /// Where the kernel says what is mounted (proc_pid_mounts(5)).
 const MOUNTS: &str = "/proc/self/mounts";
 
@@ -75,6 +81,18 @@ impl Jail {
         std::iter::once(beside)
             .chain(in_path)
             .find(|path| path.is_file())
+    }
+
+    /// Whether a program can run in a jail: one that is linked dynamically finds no loader there.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn can_hold(program: &Path) -> io::Result<bool> {
+        let mut head = Vec::new();
+        File::open(program)?
+            .take(ELF_HEAD_BYTES)
+            .read_to_end(&mut head)?;
+        Ok(names_no_loader(&head))
     }
 
     /// Whether this host has the cgroups that a jail needs (version 2).
@@ -218,6 +236,30 @@ fn make_cgroup() -> Result<(PathBuf, Cgroup)> {
     Ok((name, cgroup))
 }
 
+/// Whether the beginning of a 64-bit ELF file shows all its program headers, and none of them names a
+/// loader (elf(5)).
+fn names_no_loader(head: &[u8]) -> bool {
+    let number = |at: usize, bytes: usize| {
+        let field = head.get(at..at.checked_add(bytes)?)?;
+        let mut wide = [0; 8];
+        wide[..bytes].copy_from_slice(field);
+        usize::try_from(u64::from_le_bytes(wide)).ok()
+    };
+    if !head.starts_with(ELF64_LITTLE_ENDIAN) {
+        return false;
+    }
+    let (Some(first), Some(size), Some(count)) = (number(32, 8), number(54, 2), number(56, 2))
+    else {
+        return false;
+    };
+    (0..count).all(|header| {
+        let kind = first
+            .checked_add(header * size)
+            .and_then(|at| number(at, 4));
+        kind.is_some_and(|kind| kind != PT_INTERP)
+    })
+}
+
 /// Where /proc/mounts has the version 2 hierarchy: the first, as the jailer takes it.
 fn cgroup2_of(mounts: &str) -> Option<PathBuf> {
     mounts.lines().find_map(|line| {
@@ -269,6 +311,27 @@ mod tests {
             error.contains("base image") && error.contains("chmod o+r"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_program_that_needs_a_loader_is_told_from_one_that_does_not() {
+        // This one is linked as Rust does by default.
+        let dynamic = !cfg!(target_feature = "crt-static");
+        assert_eq!(
+            Jail::can_hold(&env::current_exe().unwrap()).unwrap(),
+            !dynamic
+        );
+        let header = |kind: u32| {
+            let mut head = vec![0; 64 + 56];
+            head[..6].copy_from_slice(ELF64_LITTLE_ENDIAN);
+            (head[32], head[54], head[56]) = (64, 56, 1);
+            head[64..68].copy_from_slice(&kind.to_le_bytes());
+            head
+        };
+        assert!(names_no_loader(&header(1)));
+        assert!(!names_no_loader(&header(3)));
+        assert!(!names_no_loader(&header(1)[..66]), "cut short");
+        assert!(!names_no_loader(b"#!/bin/sh\n"));
     }
 
     #[test]
