@@ -1,7 +1,7 @@
 //! Flags: what an operator turns at run time, without a restart and without rebuilding a template.
 //!
 //! Flags are evaluated through OpenFeature's SDK, so that a host which runs flagd can plug its
-//! provider in; the provider that ships with torpor is [`FlagFile`], a JSON file:
+//! provider in; the provider that ships with torpor is `FlagFile`, a JSON file:
 //!
 //! ```json
 //! {

@@ -1,8 +1,8 @@
 //! A look at what a guest's memory is made of, by the guest's own page metadata: of a build, or of
 //! a sandbox that runs, perhaps in another process.
 //!
-//! A running sandbox is found by its run directory, where its owner has left a [`RunRecord`]. Its
-//! VMM is held still for the look ([`HeldVmm`]), for at most [`LOOK_MAX`]: its owner's commands wait
+//! A running sandbox is found by its run directory, where its owner has left a `RunRecord`. Its
+//! VMM is held still for the look ([`HeldVmm`]), for at most `LOOK_MAX`: its owner's commands wait
 //! meanwhile, and must not time out. Nothing of it is changed.
 //!
 //! Of what a lazily resumed guest has not touched only the page metadata is read, from its parent
