@@ -11,9 +11,8 @@ mod common;
 
 use common::{
     Cleanup, assert_gone, at_step, boot_request, counts_on, host, kernel_is_content,
-    pause_into_new, pause_request, resume_build, sh, signal, start_counter, template,
+    pause_into_new, pause_request, resume_build, sh, start_counter, template,
 };
-use nix::sys::signal::Signal;
 use torpor_build::{BuildId, PAGE_SIZE};
 use torpor_sandbox::Sandbox;
 use torpor_sandbox::boot::boot;
@@ -115,10 +114,7 @@ async fn a_guest_that_dies_after_it_was_written_leaves_that_build() {
     let (sandbox, _) = resume_build(&host, &template).await;
     let files = vec![("kept", fill(&sandbox, "kept").await)];
     let pid = sandbox.vmm().pid();
-    let kill = at_step(PauseStep::GoOn, move || {
-        signal(pid, Signal::SIGKILL);
-        assert_gone(pid);
-    });
+    let kill = at_step(PauseStep::GoOn, move || kill_for_good(pid));
     let request = pause_request(PauseFlags::default(), kill);
     let id = request.build;
     let _cleanup = Cleanup(host.storage(), vec![id]);

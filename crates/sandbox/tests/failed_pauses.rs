@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use common::{
-    Cleanup, CopiedStorage, assert_gone, at_step, counts_on, host, lost, on_qemu, pause_into_new,
-    pause_request, resume_build, sh, signal, staging_of, start_counter, still_running, template,
-    try_pause, wait_until,
+    Cleanup, CopiedStorage, assert_gone, at_step, counts_on, host, kill_for_good, lost, on_qemu,
+    pause_into_new, pause_request, resume_build, sh, signal, staging_of, start_counter,
+    still_running, template, try_pause, wait_until,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
@@ -41,15 +41,6 @@ fn every_step() -> PauseFlags {
         drain_ceiling_ms: 100,
         ..PauseFlags::default()
     }
-}
-
-/// Kills a process and waits until it has nothing left: no memory, no descriptors.
-fn kill_for_good(pid: u32) {
-    signal(pid, Signal::SIGKILL);
-    wait_until("the process is a zombie at most", || {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
-        stat.map_or(true, |stat| stat.contains(") Z "))
-    });
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -145,8 +136,8 @@ async fn a_pause_that_is_given_up_in_the_middle_leaves_nothing() {
             _ = pause(sandbox, &host, request) => {}
         }
         assert_gone(pid);
-        common::wait_until("the run directory is gone", || !run.exists());
-        common::wait_until("nothing is staged", || !staging_of(&host, &id).exists());
+        wait_until("the run directory is gone", || !run.exists());
+        wait_until("nothing is staged", || !staging_of(&host, &id).exists());
         // Whether it was still in time or not: no half build.
         if let Ok(build) = host.storage().open_build(&id) {
             assert!(build.validate(ValidateOptions::default()).is_whole());

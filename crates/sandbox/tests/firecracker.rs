@@ -23,10 +23,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{
-    Cleanup, assert_gone, at_step, kernel_is_content, line, lost, pause_request, sh, signal,
+    Cleanup, assert_gone, at_step, kernel_is_content, kill_for_good, line, lost, pause_request, sh,
     upload, wait_until, workload,
 };
-use nix::sys::signal::Signal;
 use torpor_build::{BuildId, Digest, Entry, ImageReader, Name, PAGE_SIZE, ValidateOptions};
 use torpor_guest::{Command, Selector};
 use torpor_sandbox::Sandbox;
@@ -439,15 +438,6 @@ async fn sandboxes_resumed_from_one_build_at_once_each_have_a_disk_of_their_own(
     let pids: Vec<u32> = clones.iter().map(|clone| clone.vmm().pid()).collect();
     drop(clones);
     pids.into_iter().for_each(assert_gone);
-}
-
-/// Kills a process and waits until it has nothing left: no memory, no descriptors.
-fn kill_for_good(pid: u32) {
-    signal(pid, Signal::SIGKILL);
-    wait_until("the process is a zombie at most", || {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
-        stat.map_or(true, |stat| stat.contains(") Z "))
-    });
 }
 
 #[tokio::test(flavor = "multi_thread")]

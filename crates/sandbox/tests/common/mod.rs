@@ -192,6 +192,18 @@ pub(crate) fn signal(pid: u32, signal: Signal) {
     kill(Pid::from_raw(pid.try_into().unwrap()), signal).unwrap();
 }
 
+/// Kills a process and waits until it has nothing left: no memory, no descriptors. Its first thread may
+/// be gone before the others, which still have both.
+pub(crate) fn kill_for_good(pid: u32) {
+    signal(pid, Signal::SIGKILL);
+    wait_until("the process is a zombie of one thread at most", || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task"));
+        stat.map_or(true, |stat| stat.contains(") Z "))
+            && threads.map_or(true, |threads| threads.count() <= 1)
+    });
+}
+
 /// Waits until a process is no more (and has been reaped).
 pub(crate) fn assert_gone(pid: u32) {
     wait_until("the process is gone", || {
