@@ -10,7 +10,7 @@
 mod common;
 
 use common::{
-    Cleanup, assert_gone, at_step, boot_request, counts_on, host, kernel_is_content,
+    Cleanup, assert_gone, at_step, boot_request, counts_on, host, kernel_is_content, kill_for_good,
     pause_into_new, pause_request, resume_build, sh, start_counter, template,
 };
 use torpor_build::{BuildId, PAGE_SIZE};
