@@ -69,7 +69,7 @@ async fn a_lazily_resumed_guest_does_not_miss_its_free_pages() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "takes long: a hundred moments on each kernel"]
+#[ignore = "takes minutes: a hundred moments on each kernel; run by make test-long"]
 async fn a_booted_guest_does_not_miss_its_free_pages_a_hundred_times() {
     for kernel in kernels() {
         booted(&kernel, MOMENTS_LONG).await;
@@ -77,7 +77,7 @@ async fn a_booted_guest_does_not_miss_its_free_pages_a_hundred_times() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "takes long: a hundred moments on each kernel"]
+#[ignore = "takes minutes: a hundred moments on each kernel; run by make test-long"]
 async fn a_lazily_resumed_guest_does_not_miss_its_free_pages_a_hundred_times() {
     for kernel in kernels() {
         resumed(&kernel, MOMENTS_LONG).await;

@@ -230,9 +230,11 @@ impl Drop for PagerProcess {
 }
 
 #[test]
-#[ignore = "the other end of PagerProcess"]
+#[ignore = "no test by itself: PagerProcess starts it as the process that serves the page faults"]
 fn pager_process() {
-    let words = std::env::var(PAGER_ENV).unwrap();
+    let Ok(words) = std::env::var(PAGER_ENV) else {
+        return;
+    };
     let words: Vec<&str> = words.split(' ').collect();
     // SAFETY: whoever starts this process has put a userfaultfd there, for it alone.
     let userfaultfd = unsafe { OwnedFd::from_raw_fd(USERFAULTFD) };

@@ -140,6 +140,8 @@ async fn a_jailed_guest_boots_is_drained_and_resumed_by_another_user() {
 
 /// A test of its own process, which is killed over it.
 const ALONE: &str = "jailed::a_jailed_guest_of_a_process_that_is_killed";
+/// Tells it that it is that process, and not one of all the tests.
+const ALONE_ENV: &str = "TORPOR_TEST_KILLED_OWNER";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_jailed_firecracker_dies_with_the_process_that_started_it() {
@@ -148,6 +150,7 @@ async fn a_jailed_firecracker_dies_with_the_process_that_started_it() {
     }
     let mut owner = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", ALONE, "--ignored", "--nocapture"])
+        .env(ALONE_ENV, "1")
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
@@ -162,8 +165,11 @@ async fn a_jailed_firecracker_dies_with_the_process_that_started_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the process that another test kills"]
+#[ignore = "no test by itself: a_jailed_firecracker_dies_with_the_process_that_started_it starts and kills it"]
 async fn a_jailed_guest_of_a_process_that_is_killed() {
+    if std::env::var_os(ALONE_ENV).is_none() {
+        return;
+    }
     let lab = Lab::new(jailed(FIRST_UID).unwrap());
     let incoming = lab.incoming().await;
     println!("\nthe VMM is {}", incoming.pid());
