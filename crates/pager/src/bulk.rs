@@ -438,7 +438,7 @@ impl Service {
         None
     }
 
-    fn prefetch_zeros(&self, run: PageRun) {
+    pub(crate) fn prefetch_zeros(&self, run: PageRun) {
         let mut from = run.first_page;
         let mut again_left = BULK_AGAIN_MAX;
         while from < run.end_page() {

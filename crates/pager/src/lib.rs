@@ -24,6 +24,7 @@
 //! server does), or read or write a build. It never makes up content: a page that cannot be read is
 //! a failure.
 
+mod ahead;
 mod around;
 mod bulk;
 mod error;
@@ -57,6 +58,7 @@ mod threads;
 mod uffd;
 mod working_set;
 
+pub use ahead::ReadAhead;
 pub use bulk::{FILL_PAGES_MAX, READ_PAGES_MAX};
 pub use error::{PagerError, PagerFailure};
 pub use failure::FailureSignal;

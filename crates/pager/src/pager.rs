@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::ahead::ReadAhead;
 use crate::bulk::READ_PAGES_MAX;
 use crate::error::PagerError;
 use crate::failure::FailureSignal;
@@ -68,6 +69,8 @@ pub struct PagerConfig {
     pub pagemap_pid: Option<i32>,
     /// What to bring in at once, in this order.
     pub prefetch: Vec<PageRun>,
+    /// What is being read already; it is brought in before `prefetch`. Not for huge pages.
+    pub read_ahead: Option<ReadAhead>,
     /// Pages around a fault that are filled along with it (an aligned window, which grows while
     /// faults are sequential; 1 turns it off).
     pub fault_around_pages: u64,
@@ -93,6 +96,7 @@ impl PagerConfig {
             tracking: WriteTracking::Off,
             pagemap_pid: None,
             prefetch: Vec::new(),
+            read_ahead: None,
             fault_around_pages: FAULT_AROUND_PAGES,
             workers: 1,
         }
@@ -205,7 +209,7 @@ impl Pager {
         for _ in 0..config.workers {
             pager.spawn("worker", threads::worker)?;
         }
-        pager.prefetch(&config.prefetch)?;
+        pager.prefetch_first(&config.prefetch, config.read_ahead)?;
         Ok(pager)
     }
 
@@ -228,6 +232,10 @@ impl Pager {
     /// # Errors
     /// No thread can be started.
     pub fn prefetch(&self, runs: &[PageRun]) -> Result<(), PagerError> {
+        self.prefetch_first(runs, None)
+    }
+
+    fn prefetch_first(&self, runs: &[PageRun], ahead: Option<ReadAhead>) -> Result<(), PagerError> {
         let guest = PageRun::new(0, self.span_pages);
         let start = {
             let mut state = self.service.lock();
@@ -238,11 +246,13 @@ impl Pager {
                     .map(|run| run.covered_by(self.base_pages))
                     .take(room),
             );
-            let start = !state.prefetch.is_empty() && !state.prefetcher_runs && !state.stopping;
+            let work = ahead.is_some() || !state.prefetch.is_empty();
+            let start = work && !state.prefetcher_runs && !state.stopping;
             state.prefetcher_runs |= start;
             start
         };
-        if start && let Err(error) = self.spawn("prefetch", threads::prefetcher) {
+        let prefetch = move |service: &Service| threads::prefetcher(service, ahead.as_ref());
+        if start && let Err(error) = self.spawn("prefetch", prefetch) {
             self.service.lock().prefetcher_runs = false;
             return Err(error);
         }
@@ -510,6 +520,11 @@ fn check(config: &PagerConfig, regions: &Regions) -> Result<(), PagerError> {
     if regions.span_pages() > SPAN_PAGES_MAX * PAGE_SIZE_U64 / regions.page_bytes() {
         return Err(PagerError::Config(
             "the guest's memory spans more than 1 TiB",
+        ));
+    }
+    if huge && config.read_ahead.is_some() {
+        return Err(PagerError::Config(
+            "what is read ahead is in base pages; huge pages are prefetched",
         ));
     }
     if config.workers == 0 || config.workers > WORKERS_MAX {

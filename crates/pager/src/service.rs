@@ -67,6 +67,8 @@ pub(crate) struct State {
     pub(crate) counters: Counters,
     pub(crate) prefetch: VecDeque<PageRun>,
     pub(crate) prefetcher_runs: bool,
+    /// What was read ahead is to be installed.
+    pub(crate) ahead_wanted: bool,
     pub(crate) vmm_gone: bool,
     pub(crate) stopping: bool,
     /// Threads that wait for the pager to come to rest.
@@ -111,6 +113,7 @@ impl Service {
             counters,
             prefetch: VecDeque::new(),
             prefetcher_runs: false,
+            ahead_wanted: true,
             vmm_gone: false,
             stopping: false,
             settlers: 0,
@@ -262,6 +265,7 @@ impl Service {
     pub(crate) fn settle_once(&self) -> Result<(usize, PageSet), PagerError> {
         let mut state = self.lock();
         state.prefetch = VecDeque::new();
+        state.ahead_wanted = false;
         self.drain_for_others(&mut state);
         if let Some(failure) = self.failure.get() {
             return Err(PagerError::Failed(failure));

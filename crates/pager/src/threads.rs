@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::ahead::ReadAhead;
 use crate::bulk::FILL_PAGES_MAX;
 use crate::error::PagerFailure;
 use crate::kernel::Waited;
@@ -217,8 +218,11 @@ fn next_fault(service: &Service) -> Option<u64> {
     }
 }
 
-/// Brings in what is queued for prefetching, then ends.
-pub(crate) fn prefetcher(service: &Service) {
+/// Brings in what has been read ahead, then what is queued for prefetching, and ends.
+pub(crate) fn prefetcher(service: &Service, ahead: Option<&ReadAhead>) {
+    if let Some(ahead) = ahead {
+        service.install_ahead(ahead);
+    }
     let mut buf = Vec::new();
     while service.prefetch_some(&mut buf) {}
 }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use torpor_build::{Build, PageRun};
-use torpor_pager::{Backing, Pager, PagerConfig, Region, Uffd, WriteTracking};
+use torpor_pager::{Backing, Pager, PagerConfig, ReadAhead, Region, Uffd, WriteTracking};
 use torpor_vmm::firecracker::{self, IncomingFirecracker};
 use torpor_vmm::qemu::{self, IncomingVm};
 use torpor_vmm::{GuestMemory, InjectError, MachineConfig, MemoryMapping, Vmm, VmmError};
@@ -71,11 +71,13 @@ pub(crate) async fn prepare(
     options: &ResumeOptions,
 ) -> Result<Ready, StartError> {
     let console = run_dir.join(CONSOLE_FILE);
+    // While the VMM starts, the other processor has time for it.
+    let ahead = read_ahead(parent, options);
     match binary {
         VmmBinary::Qemu(binary) => {
             let incoming = qemu::prepare_resume(binary, machine, &console).await?;
             let vmm_started = Instant::now();
-            let (memory, eager) = memory_of_qemu(host, parent, &incoming, options).await?;
+            let (memory, eager) = memory_of_qemu(host, parent, &incoming, ahead, options).await?;
             Ok(Ready {
                 incoming: Incoming::Qemu(incoming),
                 memory,
@@ -97,7 +99,7 @@ pub(crate) async fn prepare(
                 tracking: WriteTracking::Sync,
                 pid: incoming.pid(),
             };
-            let pager = start_pager(parent, served, options)?;
+            let pager = start_pager(parent, served, ahead)?;
             Ok(Ready {
                 incoming: Incoming::Firecracker(incoming),
                 memory: Memory::Lazy(Arc::new(pager)),
@@ -113,6 +115,7 @@ async fn memory_of_qemu(
     host: &Host,
     parent: &Parent,
     incoming: &IncomingVm,
+    ahead: Option<ReadAhead>,
     options: &ResumeOptions,
 ) -> Result<(Memory, Option<String>), StartError> {
     let guest_memory = incoming.memory()?;
@@ -129,7 +132,7 @@ async fn memory_of_qemu(
                     tracking,
                     pid: guest_memory.pid,
                 };
-                let pager = start_pager(parent, served, options)?;
+                let pager = start_pager(parent, served, ahead)?;
                 return Ok((Memory::Lazy(Arc::new(pager)), None));
             }
             // The VMM is not to be relied on after these; after a refusal it is as it was.
@@ -192,7 +195,7 @@ struct Served<'a> {
 fn start_pager(
     parent: &Parent,
     served: Served<'_>,
-    options: &ResumeOptions,
+    ahead: Option<ReadAhead>,
 ) -> Result<Pager, StartError> {
     let Served {
         uffd,
@@ -218,13 +221,23 @@ fn start_pager(
     let mut config = PagerConfig::new(uffd, regions, source, backing);
     config.tracking = tracking;
     config.pagemap_pid = i32::try_from(pid).ok();
-    if !options.no_prefetch {
-        config.prefetch = working_set_of(&parent.build)
-            .iter()
-            .map(pager_run)
-            .collect();
-    }
+    config.read_ahead = ahead;
     Ok(Pager::start(config)?)
+}
+
+/// Begins to read the working set. It is a hint: not worth failing for.
+fn read_ahead(parent: &Parent, options: &ResumeOptions) -> Option<ReadAhead> {
+    if options.no_prefetch || options.eager {
+        return None;
+    }
+    let runs = working_set_of(&parent.build)
+        .iter()
+        .map(pager_run)
+        .collect();
+    let source = Arc::new(ImageSource(Arc::clone(&parent.memory)));
+    ReadAhead::start(source, runs)
+        .inspect_err(|error| tracing::warn!(%error, "the working set is not read ahead"))
+        .ok()
 }
 
 /// What a resume of this build will touch first: what an earlier one did, or, before there was
