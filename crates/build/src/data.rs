@@ -150,10 +150,11 @@ pub(crate) struct FrameRecord {
 ///
 /// Bytes that LZ4 makes less than 1/16 smaller are stored as they are: reading them is then a copy.
 pub(crate) fn encode_frame(raw: &[u8], out: &mut Vec<u8>) -> FrameRecord {
-    out.resize(lz4_flex::block::get_maximum_output_size(raw.len()), 0);
+    out.resize(lz4::block::compress_bound(raw.len()).unwrap_or(0), 0);
     // An error would mean that the output is too small, which it is not by construction; storing
     // the bytes as they are is right in any case.
-    let compressed_bytes = lz4_flex::block::compress_into(raw, out).unwrap_or(usize::MAX);
+    let compressed_bytes =
+        lz4::block::compress_to_buffer(raw, None, false, out).unwrap_or(usize::MAX);
     let mut flag = 0;
     if compressed_bytes < raw.len() - raw.len() / 16 {
         out.truncate(compressed_bytes);
@@ -282,16 +283,22 @@ impl DataFile {
         if xxh3_64(stored) != record.checksum {
             return Err(damaged("the checksum does not match".to_owned()));
         }
-        match lz4_flex::block::decompress_into(stored, out) {
-            Ok(decoded) if decoded == out.len() => Ok(()),
-            Ok(decoded) => Err(damaged(format!("{decoded} bytes instead of {}", out.len()))),
-            Err(error) => Err(damaged(error.to_string())),
-        }
+        decompress(stored, out).map_err(damaged)
     }
 
     fn read_at(&self, out: &mut [u8], offset: u64, reading: Reading) -> Result<()> {
         let read = reading.read_exact_at(&self.file, out, offset);
         read.context("read", &self.path)
+    }
+}
+
+/// Fills `out` with what was compressed, or says why it cannot.
+fn decompress(stored: &[u8], out: &mut [u8]) -> std::result::Result<(), String> {
+    let room = i32::try_from(out.len()).map_err(|error| error.to_string())?;
+    match lz4::block::decompress_to_buffer(stored, Some(room), out) {
+        Ok(decoded) if decoded == out.len() => Ok(()),
+        Ok(decoded) => Err(format!("{decoded} bytes instead of {}", out.len())),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -452,6 +459,34 @@ mod tests {
             if let Ok(pages) = read_all(&file, &build) {
                 prop_assert!(pages <= 48);
             }
+        }
+    }
+
+    proptest! {
+        /// The library that decodes is not Rust.
+        #[test]
+        fn whatever_stands_for_a_frame_is_decoded_inside_its_pages_or_refused(
+            pages in 1..=FRAME_PAGES,
+            fill in vec(any::<u8>(), 1..200),
+            changes in vec((any::<prop::sample::Index>(), any::<u8>()), 0..20),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            const GUARD: usize = PAGE_SIZE;
+            let raw: Vec<u8> = fill.iter().copied().cycle().take(pages * PAGE_SIZE).collect();
+            let mut stored = Vec::new();
+            encode_frame(&raw, &mut stored);
+            let mut out = vec![0xa5; raw.len() + 2 * GUARD];
+            let inside = GUARD..GUARD + raw.len();
+            prop_assert!(decompress(&stored, &mut out[inside.clone()]).is_ok());
+            prop_assert_eq!(&out[inside.clone()], &raw[..]);
+            for (at, byte) in changes {
+                let at = at.index(stored.len());
+                stored[at] = byte;
+            }
+            stored.truncate(cut.index(stored.len() + 1));
+            drop(decompress(&stored, &mut out[inside]));
+            let guards = out[..GUARD].iter().chain(&out[GUARD + raw.len()..]);
+            prop_assert!(guards.copied().all(|byte| byte == 0xa5));
         }
     }
 }
