@@ -2,7 +2,7 @@
 //!
 //! A reader is shared by the threads that serve page faults. Its costs are bounded: at most
 //! [`OPEN_LAYERS_MAX`] data files are open (the least recently used is closed), and
-//! [`CACHED_FRAMES`] decoded frames are kept. The cache is for neighbours: a fault reads one page
+//! [`CACHED_FRAMES`](crate::CACHED_FRAMES) decoded frames are kept. The cache is for neighbours: a fault reads one page
 //! of a frame and then the others. Measured on two busy cores, host cache warm: a page of a frame
 //! that is not kept 25 µs (8 µs if it is not compressed), of one that is kept 3 µs.
 //!
@@ -19,12 +19,13 @@
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::base_image::BaseImage;
 use crate::build::Build;
-use crate::data::{DataFile, FRAME_BYTES, FRAME_PAGES};
+use crate::data::{DataFile, FRAME_PAGES};
 use crate::error::{Error, Result};
+use crate::frame_cache::FrameCache;
 use crate::ids::{BuildId, Digest};
 use crate::index::{Entry, INDEX_BYTES_MAX, Index, Run};
 use crate::page::{ImageKind, PAGE_SIZE, to_usize};
@@ -33,8 +34,6 @@ use crate::reading::Reading;
 /// Most data files that one reader holds open: a keeper has a few readers, and a process may by
 /// default have 1024 files.
 pub const OPEN_LAYERS_MAX: usize = 64;
-/// Decoded frames that one reader keeps (512 KiB): a few per thread that serves faults.
-pub const CACHED_FRAMES: usize = 8;
 
 thread_local! {
     /// A frame as stored, and one as decoded.
@@ -48,7 +47,7 @@ pub struct ImageReader {
     index: Index,
     index_path: PathBuf,
     layers: Layers,
-    cache: [Mutex<CachedFrame>; CACHED_FRAMES],
+    cache: FrameCache,
     /// There if the index names blocks of it.
     base_image: Option<Arc<BaseImage>>,
 }
@@ -81,7 +80,7 @@ impl ImageReader {
             index,
             index_path,
             layers,
-            cache: Default::default(),
+            cache: FrameCache::for_faults(),
             base_image,
         })
     }
@@ -116,7 +115,20 @@ impl ImageReader {
     /// [`Error::OutOfBounds`] past the end, [`Error::BadBuffer`] for a part of a page, and what
     /// reading and verifying the layers' files gives; `buf` then holds nothing of use.
     pub fn read_pages(&self, first_page: u64, buf: &mut [u8]) -> Result<()> {
-        self.read(first_page, buf, Reading::Waiting)
+        self.read(&self.cache, first_page, buf, Reading::Waiting)
+    }
+
+    /// The same by way of a cache of the caller's, who walks along much of the image.
+    ///
+    /// # Errors
+    /// As [`Self::read_pages`].
+    pub fn read_pages_through(
+        &self,
+        cache: &FrameCache,
+        first_page: u64,
+        buf: &mut [u8],
+    ) -> Result<()> {
+        self.read(cache, first_page, buf, Reading::Waiting)
     }
 
     /// The same without waiting for anything: whether the host's page cache held all that it takes,
@@ -127,10 +139,17 @@ impl ImageReader {
     /// layer, that of the frames that they lie in.
     #[must_use]
     pub fn try_read_pages(&self, first_page: u64, buf: &mut [u8]) -> bool {
-        self.read(first_page, buf, Reading::AtHand).is_ok()
+        self.read(&self.cache, first_page, buf, Reading::AtHand)
+            .is_ok()
     }
 
-    fn read(&self, first_page: u64, buf: &mut [u8], reading: Reading) -> Result<()> {
+    fn read(
+        &self,
+        cache: &FrameCache,
+        first_page: u64,
+        buf: &mut [u8],
+        reading: Reading,
+    ) -> Result<()> {
         let pages = (buf.len() / PAGE_SIZE) as u64;
         if !buf.len().is_multiple_of(PAGE_SIZE) {
             return Err(Error::BadBuffer {
@@ -152,13 +171,19 @@ impl ImageReader {
         let mut rest = buf;
         for run in self.index.runs_in(first_page, pages) {
             let (part, after) = rest.split_at_mut(to_usize(run.pages) * PAGE_SIZE);
-            self.read_run(run, part, reading)?;
+            self.read_run(cache, run, part, reading)?;
             rest = after;
         }
         Ok(())
     }
 
-    fn read_run(&self, run: Run, buf: &mut [u8], reading: Reading) -> Result<()> {
+    fn read_run(
+        &self,
+        cache: &FrameCache,
+        run: Run,
+        buf: &mut [u8],
+        reading: Reading,
+    ) -> Result<()> {
         match run.what {
             Entry::Free | Entry::Removed | Entry::Zero => {
                 buf.fill(0);
@@ -167,20 +192,29 @@ impl ImageReader {
             Entry::Layer {
                 layer,
                 offset_pages,
-            } => self.read_layer(layer, offset_pages, buf, reading),
-            Entry::BaseImage { block } => self.read_base_image(block, buf, reading),
+            } => self.read_layer(cache, (layer, offset_pages), buf, reading),
+            Entry::BaseImage { block } => {
+                cache.count_blocks(run.pages);
+                self.read_base_image(block, buf, reading)
+            }
         }
     }
 
     fn read_layer(
         &self,
-        layer: u32,
-        offset_pages: u64,
+        cache: &FrameCache,
+        (layer, offset_pages): (u32, u64),
         buf: &mut [u8],
         reading: Reading,
     ) -> Result<()> {
         let data = match reading {
-            Reading::Waiting => self.layer_data(layer)?,
+            Reading::Waiting => match self.layers.get_open(layer as usize) {
+                Some(open) => open,
+                None => {
+                    cache.count_opening();
+                    self.layer_data(layer)?
+                }
+            },
             // Opening it reads its table.
             Reading::AtHand => self.layers.get_open(layer as usize).ok_or_else(|| {
                 let not_open = std::io::ErrorKind::WouldBlock.into();
@@ -201,48 +235,17 @@ impl ImageReader {
             let (frame, skip) = (offset / FRAME_PAGES, offset % FRAME_PAGES);
             let part_bytes = rest.len().min((FRAME_PAGES - skip) * PAGE_SIZE);
             let (part, after) = rest.split_at_mut(part_bytes);
-            if part.len() == data.frame_len(frame) {
-                let mut read = |stored: &mut _| data.read_frame(frame, stored, part, reading);
-                SCRATCH.with_borrow_mut(|(stored, _)| read(stored))?;
-            } else {
-                self.read_part(layer, &data, (frame, skip), part, reading)?;
-            }
+            SCRATCH.with_borrow_mut(|(stored, decoded)| {
+                if part.len() == data.frame_len(frame) {
+                    cache.count_frame();
+                    return data.read_frame(frame, stored, part, reading);
+                }
+                let (from, at) = ((layer, &*data), (frame, skip));
+                cache.read_part(from, at, part, reading, (stored, decoded))
+            })?;
             (offset, rest) = (offset + part_bytes / PAGE_SIZE, after);
         }
         Ok(())
-    }
-
-    /// Some pages of one frame, by way of the cache.
-    fn read_part(
-        &self,
-        layer: u32,
-        data: &DataFile,
-        (frame, skip): (usize, usize),
-        part: &mut [u8],
-        reading: Reading,
-    ) -> Result<()> {
-        let from = skip * PAGE_SIZE;
-        let read = |stored: &mut Vec<u8>, frame_bytes: &mut Vec<u8>| {
-            frame_bytes.resize(data.frame_len(frame), 0);
-            data.read_frame(frame, stored, frame_bytes, reading)
-        };
-        let slot = &self.cache[(frame ^ (layer as usize).wrapping_mul(5)) % CACHED_FRAMES];
-        SCRATCH.with_borrow_mut(|(stored, decoded)| {
-            // A slot that is held by another thread, perhaps one that waits for the disk, is not
-            // waited for.
-            let Ok(mut cached) = slot.try_lock() else {
-                read(stored, decoded)?;
-                part.copy_from_slice(&decoded[from..from + part.len()]);
-                return Ok(());
-            };
-            if cached.holds != Some((layer, frame)) {
-                cached.holds = None;
-                read(stored, &mut cached.bytes)?;
-                cached.holds = Some((layer, frame));
-            }
-            part.copy_from_slice(&cached.bytes[from..from + part.len()]);
-            Ok(())
-        })
     }
 
     fn read_base_image(&self, first_block: u64, buf: &mut [u8], reading: Reading) -> Result<()> {
@@ -307,19 +310,6 @@ fn open_base_image(
         Err(Error::damaged(index_path, 0, what))
     }
 }
-
-/// A frame's pages, so that the neighbours of a page cost a copy.
-#[derive(Debug, Default)]
-struct CachedFrame {
-    holds: Option<(u32, usize)>,
-    /// At most [`FRAME_BYTES`].
-    bytes: Vec<u8>,
-}
-
-const _: () = assert!(
-    CACHED_FRAMES * FRAME_BYTES <= 1 << 20,
-    "a reader stays below 1 MiB"
-);
 
 /// The data files of an index's layer table, opened when needed.
 #[derive(Debug)]

@@ -7,8 +7,8 @@ use common::{Push, page, pages, read_all, storage, store, try_store, write_image
 use proptest::collection::vec;
 use proptest::prelude::*;
 use torpor_build::{
-    Build, BuildId, Entry, Error, ImageKind, OPEN_LAYERS_MAX, PAGE_SIZE, PageContent, Run,
-    ValidateOptions,
+    Build, BuildId, Entry, Error, FrameCache, ImageKind, OPEN_LAYERS_MAX, PAGE_SIZE, PageContent,
+    Run, ValidateOptions,
 };
 
 /// What the image must be: each page's bytes (by seed) and the kind that its index must give.
@@ -343,4 +343,37 @@ fn pages_whose_parent_cannot_be_read_are_stored() {
         (summary.parent_unreadable_pages, summary.stored_pages),
         (2, 2)
     );
+}
+
+#[test]
+fn a_walk_along_pages_of_many_layers_decodes_each_frame_once() {
+    const LAYERS: u64 = 40;
+    const PAGES_OF_EACH: u64 = 16;
+    let storage = storage();
+    let mut build: Option<Build> = None;
+    for layer in 0..LAYERS {
+        let pushes: Vec<Push> = (0..PAGES_OF_EACH)
+            .flat_map(|turn| {
+                let seed = 1 + layer + turn * LAYERS;
+                let (before, after) = (layer, LAYERS - 1 - layer);
+                [
+                    Push::Parent(before),
+                    Push::Data(vec![seed]),
+                    Push::Parent(after),
+                ]
+            })
+            .filter(|push| push.len() > 0)
+            .collect();
+        build = Some(store(&storage, build.as_ref(), &pushes));
+    }
+    let reader = build.unwrap().memory().unwrap();
+    assert_eq!(reader.index().layers().len() as u64, LAYERS);
+    let walk = FrameCache::for_walk();
+    let mut buf = vec![0; PAGE_SIZE];
+    for number in 0..LAYERS * PAGES_OF_EACH {
+        reader.read_pages_through(&walk, number, &mut buf).unwrap();
+        assert!(buf == page(1 + number), "page {number}");
+    }
+    // Each opened (three frames' worth), and its one frame decoded.
+    assert_eq!(walk.cost_frames(), 4 * LAYERS);
 }

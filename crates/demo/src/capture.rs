@@ -20,6 +20,7 @@ pub mod pauses;
 pub mod peers;
 pub mod picture;
 pub mod scan_time;
+pub mod scattered;
 pub mod stopped;
 pub mod summary;
 pub mod tables;

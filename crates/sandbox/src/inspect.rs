@@ -24,7 +24,7 @@ use torpor_anatomy::{
 use torpor_build::{Build, BuildId, Name, PAGE_SIZE, PageRun, Storage};
 use torpor_vmm::{HeldVmm, MemoryMapping, RamSegment};
 
-use crate::physical::{Content, Known, StoppedMemory};
+use crate::physical::{Content, Known, StoppedMemory, Walked};
 
 /// Under this name a manifest holds its guest's [`MemoryLayout`].
 pub(crate) const LAYOUT_KEY: &str = "memory_layout";
@@ -215,7 +215,7 @@ pub fn look_into_build(build: &Build) -> Result<MemoryLook, InspectError> {
     };
     let note = layout.note.ok_or(InspectError::NoNote(build.id()))?;
     let image = Arc::new(build.memory()?);
-    let memory = StoppedMemory::new(layout.ram, Content::Image(image));
+    let memory = StoppedMemory::new(layout.ram, Content::Image(Walked::new(image)));
     look(&memory, note, None)
 }
 
@@ -256,7 +256,7 @@ pub fn look_into_sandbox(storage: &Storage, name: &Name) -> Result<MemoryLook, I
         None => Content::Held(memory),
         Some(parent) => Content::Lazy {
             held: memory,
-            parent,
+            parent: Walked::new(parent),
             removed: Vec::new(),
         },
     };

@@ -31,7 +31,7 @@ use crate::error::{StartError, StepError};
 use crate::host::Patience;
 use crate::inspect::{LAYOUT_KEY, MemoryLayout, RunRecord, started_at};
 use crate::pause::report::PauseReport;
-use crate::physical::{Content, StoppedMemory};
+use crate::physical::{Content, StoppedMemory, Walked};
 use crate::scan::{self, Permission, ScanReport};
 use crate::spec::GuestSpec;
 
@@ -383,7 +383,7 @@ impl Sandbox {
         let content = match (&self.body.memory, &self.body.parent) {
             (Memory::Lazy(_), Some(parent)) => Content::Lazy {
                 held,
-                parent: Arc::clone(&parent.memory),
+                parent: Walked::for_scan(Arc::clone(&parent.memory)),
                 removed,
             },
             _ => Content::Held(held),
@@ -472,6 +472,10 @@ impl Sandbox {
         if let Err(error) = self.body.vmm.kill().await {
             tracing::warn!(sandbox = %self.body.name, %error, "the VMM does not go");
         }
+        // Whoever lets go of a memory's file last frees it.
+        let memory = Arc::clone(&self.body.reader);
+        drop(self);
+        release(memory);
     }
 }
 
@@ -550,6 +554,11 @@ pub(crate) async fn background<T: Send + 'static>(
     spawn_blocking(work)
         .await
         .unwrap_or_else(|error| Err(StepError::Panicked(error.to_string())))
+}
+
+/// Lets go of memory where nobody waits for it: freeing it takes the kernel some 0.3 ms for a MiB.
+pub(crate) fn release<T: Send + 'static>(memory: T) {
+    drop(spawn_blocking(move || drop(memory)));
 }
 
 /// The end of a console's log, for an error message.

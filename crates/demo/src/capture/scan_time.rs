@@ -6,7 +6,8 @@
 //! code over its memory file; beside it, the same reads without any thought. (The first scan of a
 //! guest finds its page array in no cache: reported by itself.) A lazily resumed guest's page array
 //! is in its parent build as far as it was not touched: there it is the first scan that counts, so
-//! the figure is the pause's own step, of one resume each.
+//! the figure is the pause's own step, of one resume each. The same guest once more, its page array
+//! spread over as many layers as it likes, shows what a hostile one costs.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use torpor_anatomy::{GuestKernel, NoteLocation};
-use torpor_build::{BuildId, PAGE_SIZE};
+use torpor_build::{BuildId, PAGE_SIZE, PageRun};
 use torpor_sandbox::Sandbox;
 use torpor_sandbox::host::Host;
 use torpor_sandbox::pause::report::PauseStep;
@@ -24,6 +25,7 @@ use torpor_sandbox::run_times::RunTimes;
 
 use super::fragmented::{FILE_BYTES, SETTLE_MAX, fragment, nonfree_bytes};
 use super::pauses::{delete, pause_as};
+use super::scattered::scatter;
 use super::stopped::MemoryFile;
 use super::zoneinfo::PerCpuLists;
 use crate::arms::SCAN_REFS;
@@ -115,6 +117,10 @@ pub struct LazyRow {
     pub settle: RunTimes,
     /// The same guest stopped and asked again and again, settle and permission included.
     pub again: RunTimes,
+    /// The scan of the same guest with its page array scattered over many layers.
+    pub scattered: RunTimes,
+    /// Why no page of that one is taken as free.
+    pub scattered_why_not: Option<String>,
 }
 
 /// All of it.
@@ -133,31 +139,41 @@ pub struct ScanTimes {
 pub async fn run(host: &Host, iterations: u32, watch: &Watch) -> Result<ScanTimes> {
     let mut booted = Vec::new();
     let mut resumable = None;
+    let mut array = None;
     for memory_bytes in SIZES {
         let _stage = watch.stage(format!("scan a guest of {} MiB", memory_bytes / MIB));
         let sandbox = boot_guest(host, Kind::Silent, memory_bytes, watch).await?;
-        booted.push(scan_guest(&sandbox, host, "booted").await?);
+        let (row, _) = scan_guest(&sandbox, host, "booted").await?;
+        booted.push(row);
         sandbox.vmm().resume_vcpus().await?;
         // tmpfs takes half of the memory at most.
         let files = memory_bytes * 2 / 5 / FILE_BYTES;
         fragment(sandbox.envd(), files).await?;
-        booted.push(scan_guest(&sandbox, host, "fragmented").await?);
+        let (row, found) = scan_guest(&sandbox, host, "fragmented").await?;
+        booted.push(row);
         sandbox.vmm().resume_vcpus().await?;
         if memory_bytes == TARGET_SIZE {
             guest_work::shell(sandbox.envd(), "rm -r /dev/shm/files").await?;
             let (paused, _) = pause_as(sandbox, host, SCAN_REFS, watch).await?;
-            resumable = Some(paused.build.id());
+            (resumable, array) = (Some(paused.build.id()), Some(found));
         } else {
             sandbox.end().await;
         }
     }
-    let build = resumable.context("no guest of the target's size")?;
-    let lazy = scan_lazy(host, &build, iterations, watch).await?;
+    let (build, array) = resumable
+        .zip(array)
+        .context("no guest of the target's size")?;
+    let lazy = scan_lazy(host, &build, array, iterations, watch).await?;
     Ok(ScanTimes { booted, lazy })
 }
 
-/// Scans a running guest, which stands still afterwards.
-async fn scan_guest(sandbox: &Sandbox, host: &Host, state: &'static str) -> Result<ScanRow> {
+/// Scans a running guest, which stands still afterwards. Also says where its page array is, as far as
+/// it was read.
+async fn scan_guest(
+    sandbox: &Sandbox,
+    host: &Host,
+    state: &'static str,
+) -> Result<(ScanRow, PageRun)> {
     let envd = sandbox.envd();
     let note = guest_work::shell(envd, "cat /sys/kernel/vmcoreinfo").await?;
     let note: NoteLocation = note.parse()?;
@@ -182,7 +198,7 @@ async fn scan_guest(sandbox: &Sandbox, host: &Host, state: &'static str) -> Resu
     let page = PAGE_SIZE as u64;
     let mem_free_pages = (memory_bytes - nonfree) / page;
     let scan = RunTimes::of(&times.scans_ms).context("no scans")?;
-    Ok(ScanRow {
+    let row = ScanRow {
         memory_bytes,
         state,
         first_ms: times.first_ms,
@@ -195,7 +211,8 @@ async fn scan_guest(sandbox: &Sandbox, host: &Host, state: &'static str) -> Resu
         same_reads_ms: times.same_reads_ms,
         whole_array_ms: times.whole_array_ms,
         found: Found::new(mem_free_pages, free_pages, PerCpuLists::parse(&zoneinfo)),
-    })
+    };
+    Ok((row, times.array))
 }
 
 struct Times {
@@ -206,6 +223,7 @@ struct Times {
     reads: usize,
     same_reads_ms: f64,
     whole_array_ms: f64,
+    array: PageRun,
 }
 
 fn time_scans(memory: &MemoryFile, note: NoteLocation) -> Result<(Times, u64)> {
@@ -227,6 +245,8 @@ fn time_scans(memory: &MemoryFile, note: NoteLocation) -> Result<(Times, u64)> {
         cpu_ms.push(of_cpu_ms);
         memory.recorded();
     }
+    let array = whole_array(memory, &reads)?;
+    let array_bytes: u64 = array.iter().map(|(_, len)| *len as u64).sum();
     let times = Times {
         first_ms,
         scans_ms,
@@ -234,7 +254,13 @@ fn time_scans(memory: &MemoryFile, note: NoteLocation) -> Result<(Times, u64)> {
         bytes_read: reads.iter().map(|(_, len)| *len as u64).sum(),
         reads: reads.len(),
         same_reads_ms: time_reads(memory, &reads)?,
-        whole_array_ms: time_reads(memory, &whole_array(memory, &reads)?)?,
+        whole_array_ms: time_reads(memory, &array)?,
+        array: PageRun {
+            first_page: array
+                .first()
+                .map_or(0, |(start, _)| start / PAGE_SIZE as u64),
+            pages: array_bytes / PAGE_SIZE as u64,
+        },
     };
     Ok((times, free_pages))
 }
@@ -286,20 +312,27 @@ fn time_reads(memory: &MemoryFile, reads: &[(u64, usize)]) -> Result<f64> {
 async fn scan_lazy(
     host: &Host,
     build: &BuildId,
+    array: PageRun,
     iterations: u32,
     watch: &Watch,
 ) -> Result<LazyRow> {
     let _stage = watch.stage("scan a lazily resumed guest");
-    let (mut present, mut scans_ms, mut settles_ms) = (Vec::new(), Vec::new(), Vec::new());
+    let mut present = Vec::new();
+    let (mut scans_ms, mut settles_ms) = (Vec::new(), Vec::new());
     for _ in 0..iterations {
-        let sandbox = resumed_a_little(host, build, &mut present).await?;
-        let (paused, _) = pause_as(sandbox, host, SCAN_REFS, watch).await?;
-        let step = |step| paused.report.step_ms(step).context("a step is missing");
-        scans_ms.push(step(PauseStep::Scan)?);
-        settles_ms.push(step(PauseStep::Settle)?);
-        let why_not = paused.report.scan.as_ref().and_then(|scan| scan.why_not());
+        let scan = scan_once(host, build, &mut present, watch).await?;
+        let why_not = &scan.why_not;
         ensure!(why_not.is_none(), "the guest is not scanned: {why_not:?}");
-        delete(host, paused)?;
+        scans_ms.push(scan.scan_ms);
+        settles_ms.push(scan.settle_ms);
+    }
+    let original = host.storage().open_build(build)?;
+    let scattered = tokio::task::block_in_place(|| scatter(&original, array))?.id();
+    let (mut scattered_ms, mut scattered_why_not) = (Vec::new(), None);
+    for _ in 0..iterations {
+        let scan = scan_once(host, &scattered, &mut present, watch).await?;
+        scattered_ms.push(scan.scan_ms);
+        scattered_why_not = scan.why_not;
     }
     let sandbox = resumed_a_little(host, build, &mut present).await?;
     sandbox.vmm().stop_vcpus().await?;
@@ -317,7 +350,36 @@ async fn scan_lazy(
         scan: RunTimes::of(&scans_ms).context("no iterations")?,
         settle: RunTimes::of(&settles_ms).context("no iterations")?,
         again: RunTimes::of(&again_ms).context("no scans")?,
+        scattered: RunTimes::of(&scattered_ms).context("no iterations")?,
+        scattered_why_not,
     })
+}
+
+struct LazyScan {
+    scan_ms: f64,
+    settle_ms: f64,
+    why_not: Option<String>,
+}
+
+/// Resumes, touches a little, and pauses.
+async fn scan_once(
+    host: &Host,
+    build: &BuildId,
+    present: &mut Vec<f64>,
+    watch: &Watch,
+) -> Result<LazyScan> {
+    let sandbox = resumed_a_little(host, build, present).await?;
+    let (paused, _) = pause_as(sandbox, host, SCAN_REFS, watch).await?;
+    let step = |step| paused.report.step_ms(step).context("a step is missing");
+    let scan = LazyScan {
+        scan_ms: step(PauseStep::Scan)?,
+        settle_ms: step(PauseStep::Settle)?,
+        why_not: (paused.report.scan.as_ref())
+            .and_then(|scan| scan.why_not())
+            .map(str::to_owned),
+    };
+    delete(host, paused)?;
+    Ok(scan)
 }
 
 /// Resumes, and lets the guest touch memory until it has about its share.

@@ -108,6 +108,7 @@ fn lazy(row: &LazyRow) -> String {
         times("scan, first after the resume", row.scan),
         times("settle before it", row.settle),
         times("stopped and asked again, settle included", row.again),
+        times("page array scattered over many layers", row.scattered),
     ];
     let heading = format!(
         "{} lazily resumed, {:.1} to {:.1} % present, ms",

@@ -18,7 +18,7 @@ use crate::disk;
 use crate::error::StepError;
 use crate::host::Host;
 use crate::progress::StepGuard;
-use crate::sandbox::{Parent, Sandbox, SharedTracker, background};
+use crate::sandbox::{Parent, Sandbox, SharedTracker, background, release};
 use crate::scan::{Permission, ScanReport};
 
 /// Longest wait for the user's processes to freeze. The freezer waits for system calls under way;
@@ -440,7 +440,7 @@ impl Captured {
         let base_image = references.then(|| Arc::clone(course.sandbox.base_image()));
         let written = background({
             let parent = parent.clone();
-            move || write_memory(staged, parent.as_ref(), base_image, total_pages, &memory)
+            move || write_memory(staged, parent.as_ref(), base_image, total_pages, memory)
         })
         .await;
         drop(guard);
@@ -481,7 +481,7 @@ fn write_memory(
     parent: Option<&Parent>,
     base_image: Option<Arc<BaseImage>>,
     total_pages: u64,
-    memory: &CapturedMemory,
+    memory: CapturedMemory,
 ) -> Result<(StagedBuild, LayerSummary), StepError> {
     let image = parent.map(|parent| Arc::clone(&parent.memory));
     let mut writer = staged.image_writer(ImageKind::Memory, total_pages, image)?;
@@ -489,6 +489,7 @@ fn write_memory(
         writer.refer_to(base_image)?;
     }
     memory.write_to(&mut writer)?;
+    release(memory);
     let summary = writer.finish()?;
     Ok((staged, summary))
 }
