@@ -278,7 +278,7 @@ fn start(prefetch: Option<PageRun>) -> (Arc<Sim>, Arc<Service>, Vec<thread::Join
         let mut state = service.lock();
         state.prefetch.push_back(run);
         state.prefetcher_runs = true;
-        bodies.push(threads::prefetcher);
+        bodies.push(|service| threads::prefetcher(service, None));
     }
     let spawn = |body: fn(&Service)| {
         let service = Arc::clone(&service);
@@ -322,6 +322,36 @@ fn every_thread_gets_its_page_and_a_discarded_one_is_zero() {
         },
         INTERLEAVINGS,
     );
+}
+
+/// Nobody faults any more when the discard is over: whoever was put off by it must be tried again.
+#[test]
+fn a_fault_that_the_last_discard_puts_off_is_served_when_it_is_over() {
+    for prefetch in [None, Some(PageRun::new(0, PAGES))] {
+        shuttle::check_random(
+            move || {
+                let (sim, service, threads) = start(prefetch);
+                let toucher = {
+                    let sim = Arc::clone(&sim);
+                    thread::spawn(move || {
+                        assert_eq!(sim.touch(0), Some(in_source(0)));
+                        assert_eq!(sim.touch(1), Some(in_source(1)));
+                    })
+                };
+                let discarder = {
+                    let sim = Arc::clone(&sim);
+                    thread::spawn(move || sim.discard(PageRun::new(4, 2)))
+                };
+                toucher.join().unwrap();
+                discarder.join().unwrap();
+                service.tell_to_stop();
+                for thread in threads {
+                    thread.join().unwrap();
+                }
+            },
+            INTERLEAVINGS,
+        );
+    }
 }
 
 #[test]

@@ -140,7 +140,6 @@ impl FirecrackerProgram {
                 jailer,
                 uid,
                 gid: uid,
-                netns: None,
             }
         });
         binary

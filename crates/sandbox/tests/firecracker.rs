@@ -42,12 +42,13 @@ use torpor_sandbox::vmm::{VmmKind, VmmOptions};
 use torpor_vmm::{DrainOutcome, GuestReader};
 use torpor_workload::{CHECK_COMMAND, Check, Ready};
 
+/// The template that most tests stand on. It has a network.
+const TEMPLATE: &str = "fc";
 const GUEST_MEMORY_BYTES: u64 = 256 << 20;
 const GUEST_DISK_BYTES: u64 = 256 << 20;
-/// Where there are processors for them; in the lab, which has two that are emulated, a guest that
-/// shares them with nine others does not answer in any time.
 const CLONES_MAX: usize = 10;
-const CLONES_PER_PROCESSOR: usize = 2;
+const CLONES_PER_PROCESSOR: usize = 5;
+const GREETING: &str = "hello\n";
 const PROGRAM: &str = "/root/torpor-workload";
 const TAG: &str = "workload";
 /// Emulated in an emulation, a guest is slow: a limit that says *never*, not *slow*.
@@ -102,7 +103,7 @@ async fn boot_guest(host: &Host, template: &str, kernel_args: &str) -> Sandbox {
         memory_bytes: GUEST_MEMORY_BYTES,
         disk_bytes: GUEST_DISK_BYTES,
         vcpus: 1,
-        network: false,
+        network: template == TEMPLATE,
         kernel: DEFAULT_KERNEL.to_owned(),
         kernel_args: kernel_args.to_owned(),
         rootfs: None,
@@ -126,7 +127,7 @@ async fn boot_guest(host: &Host, template: &str, kernel_args: &str) -> Sandbox {
 
 /// A template, booted once for all tests (and by `torpor create-build` where its tests ran before).
 async fn template(host: &Host) -> BuildId {
-    let name: Name = "fc".parse().unwrap();
+    let name: Name = TEMPLATE.parse().unwrap();
     if let Ok(id) = host.storage().resolve(name.as_str()) {
         return id;
     }
@@ -169,6 +170,50 @@ async fn work(sandbox: &Sandbox, freed_mib: u64) {
     let mut process = sandbox.envd().start(&command, None).await.unwrap();
     let ready: Ready = line(&mut process, PATIENCE).await;
     assert_eq!(ready.freed_bytes, freed_mib << 20);
+}
+
+/// Greets whoever connects to the host.
+struct Greeter {
+    address: std::net::SocketAddr,
+    server: tokio::task::JoinHandle<()>,
+}
+
+impl Greeter {
+    async fn start() -> Self {
+        // No packet is sent: it says by which of its addresses the host would send one.
+        let probe = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        probe.connect("192.0.2.1:9").unwrap();
+        let listener = tokio::net::TcpListener::bind("0.0.0.0:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = tokio::spawn(async move {
+            use tokio::io::AsyncWriteExt as _;
+            loop {
+                let (mut guest, _) = listener.accept().await.unwrap();
+                // A guest that has gone is no failure of the server.
+                drop(guest.write_all(GREETING.as_bytes()).await);
+            }
+        });
+        Self {
+            address: (probe.local_addr().unwrap().ip(), port).into(),
+            server,
+        }
+    }
+
+    /// What a guest's shell asks it by.
+    fn ask(&self) -> String {
+        self.ask_at(&self.address.ip().to_string())
+    }
+
+    fn ask_at(&self, host: &str) -> String {
+        let port = self.address.port();
+        format!("bash -c 'exec 3<>/dev/tcp/{host}/{port} && cat <&3' 2>/dev/null")
+    }
+}
+
+impl Drop for Greeter {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
 }
 
 async fn check(sandbox: &Sandbox) -> Check {
@@ -432,6 +477,14 @@ async fn sandboxes_resumed_from_one_build_at_once_each_have_a_disk_of_their_own(
     }
     let clones = resuming.join_all().await;
     println!("{number} resumed at once in {:?}", began.elapsed());
+    let greeter = Greeter::start().await;
+    for clone in &clones {
+        assert!(clone.spec().network);
+        assert_eq!(sh(clone, &greeter.ask()).await, GREETING);
+    }
+    // The gateway is not the host's loopback.
+    let refused = format!("{} || echo refused", greeter.ask_at("10.0.2.2"));
+    assert_eq!(sh(&clones[0], &refused).await, "refused\n");
     let write = |(number, clone)| async move {
         sh(
             clone,

@@ -111,6 +111,7 @@ fn build() -> String {
         "256M",
         "--disk",
         "256M",
+        "--network",
         "--setup-cmd",
         "echo made > /root/made",
         "--ready-cmd",

@@ -1,4 +1,5 @@
-//! What surrounds a VMM that is locked up: process-id and mount namespaces of its own, and a cgroup.
+//! What surrounds a VMM that is locked up: process-id, mount and network namespaces of its own, and a
+//! cgroup.
 //!
 //! The files that it is given are bind mounts in that mount namespace, over empty files in its
 //! directory. Not hard links: those work within one file system only, and a base image and a sandbox
@@ -61,6 +62,13 @@ impl Drop for Cgroup {
 pub(crate) fn enter_pid_namespace() -> io::Result<()> {
     // SAFETY: only what this thread starts later is concerned; descriptors and memory stay shared.
     unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.map_err(io::Error::from)
+}
+
+/// Puts the calling process into a network namespace of its own. For use between fork and exec: makes a
+/// system call only.
+pub(crate) fn enter_network_namespace() -> io::Result<()> {
+    // SAFETY: the calling process has one thread, just forked; descriptors and memory are not concerned.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.map_err(io::Error::from)
 }
 
 /// Mounts the files, in a mount namespace of the calling process alone. For use between fork and exec:

@@ -89,6 +89,12 @@ pub enum VmmError {
         /// How it ended, with what it said.
         exit: Box<VmmExit>,
     },
+    /// The guest's network could not be had.
+    #[error("slirp4netns did not make the guest's network: it {exit}")]
+    NetworkHelper {
+        /// How it ended, with what it said.
+        exit: Box<VmmExit>,
+    },
     /// The VMM ended while it was needed.
     #[error("the VMM died while torpor wanted to {what}: it {exit}")]
     Died {

@@ -12,6 +12,7 @@
 //! | `balloon` | what is installed, what refusals mean |
 //! | `drain` | getting the guest's free pages back |
 //! | `handshake` | how a resuming one hands its page faults over |
+//! | `network` | a guest's network, where it has one |
 //! | `memory` | where a booted one has its guest's memory |
 //! | `vm`, `incoming` | the two kinds of machine |
 //!
@@ -30,6 +31,7 @@ mod incoming;
 mod instance;
 mod jail;
 mod memory;
+mod network;
 mod vm;
 
 pub use api::{Api, ApiError};

@@ -55,6 +55,9 @@ impl fmt::Display for Accel {
     }
 }
 
+/// A guest's network address on its card: each is alone on its network.
+pub(crate) const GUEST_MAC: &str = "52:54:00:74:6f:72";
+
 /// A machine. A resume must be given the same values as the boot that made the snapshot, but for
 /// the paths: the device state fits no other machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,10 +72,9 @@ pub struct MachineConfig {
     /// This machine's own image: raw, sparse; discards punch holes into it. The guest sees it as
     /// `/dev/vdb`, serial `layer`.
     pub writable_disk: PathBuf,
-    /// A network card on QEMU's user-mode network: egress, nothing comes in. The guest is
-    /// 10.0.2.15/24, its gateway 10.0.2.2, its name server 10.0.2.3 (DHCP says so, too). Beware:
-    /// QEMU forwards connections to the gateway to the *host's loopback*, and has no option
-    /// against it.
+    /// A network card on a user-mode network: egress, nothing comes in. The guest is 10.0.2.15/24,
+    /// its gateway 10.0.2.2, its name server 10.0.2.3. Beware: QEMU forwards connections to the
+    /// gateway to the *host's loopback*, and has no option against it; Firecracker's network does not.
     pub network: bool,
     /// The balloon reports free pages by itself. Without it the balloon is there, and silent.
     pub free_page_reporting: bool,

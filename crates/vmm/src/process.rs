@@ -36,7 +36,9 @@ use command_fds::{CommandFdExt, FdMapping};
 use rustix::event::{PollFd, PollFlags, poll};
 use tokio::sync::{oneshot, watch};
 
-use crate::confinement::{BindMount, Confinement, enter_pid_namespace, mount_files};
+use crate::confinement::{
+    BindMount, Confinement, enter_network_namespace, enter_pid_namespace, mount_files,
+};
 use crate::console::ConsoleLog;
 use crate::error::{InjectError, Result, VmmError};
 use crate::inject::{open_pidfd, set_parent_death_signal};
@@ -68,11 +70,12 @@ pub(crate) struct Spawn {
     pub(crate) fds: Vec<(i32, OwnedFd)>,
     /// Where its standard output goes, if anywhere.
     pub(crate) stdout: Option<OwnedFd>,
-    /// Our end of the guest's serial console.
-    pub(crate) console: UnixStream,
-    pub(crate) console_log: ConsoleLog,
+    /// Our end of the guest's serial console, and where it is kept.
+    pub(crate) console: Option<(UnixStream, ConsoleLog)>,
     /// What it is locked up in, if it is.
     pub(crate) confinement: Option<Confinement>,
+    /// Whether it has a network namespace of its own, in which there is nothing.
+    pub(crate) own_network: bool,
 }
 
 /// A VMM that was started. Dropping it kills it; the warden reaps it.
@@ -190,15 +193,19 @@ fn warden(spawn: Spawn, started: oneshot::Sender<Started>, exit: &watch::Sender<
         fds,
         stdout,
         console,
-        console_log,
         confinement,
+        own_network,
     } = spawn;
     let (mut mounts, mut ours, mut theirs, mut cgroup) = (None, None, None, None);
     if let Some(confined) = confinement {
         (mounts, cgroup) = (Some(confined.mounts), Some(confined.cgroup));
         (ours, theirs) = (Some(confined.stderr.0), Some(confined.stderr.1));
     }
-    let mut child = match start(&program, args, &dir, fds, (stdout, theirs), mounts) {
+    let around = Surroundings {
+        lock_up: mounts,
+        own_network,
+    };
+    let mut child = match start(&program, args, &dir, fds, (stdout, theirs), around) {
         Ok(child) => child,
         Err(e) => {
             // A caller that went away needs no answer.
@@ -221,7 +228,7 @@ fn warden(spawn: Spawn, started: oneshot::Sender<Started>, exit: &watch::Sender<
     }
     let piped = child.stderr.take().map(OwnedFd::from);
     let stderr = ours.or(piped).map(File::from);
-    let stderr_tail = watch_over(&pidfd, stderr, console, console_log);
+    let stderr_tail = watch_over(&pidfd, stderr, console);
     let status = child.wait();
     // Only an empty one can be taken away.
     drop(cgroup);
@@ -241,7 +248,7 @@ fn start(
     dir: &Path,
     fds: Vec<(i32, OwnedFd)>,
     (stdout, stderr): (Option<OwnedFd>, Option<OwnedFd>),
-    lock_up: Option<Vec<BindMount>>,
+    around: Surroundings,
 ) -> io::Result<Child> {
     let highest_fd = fds.iter().map(|(number, _)| *number).fold(2, i32::max);
     let mappings = fds
@@ -263,24 +270,34 @@ fn start(
         .fd_mappings(mappings)
         .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
     let parent = std::process::id();
-    if lock_up.is_some() {
+    if around.lock_up.is_some() {
         enter_pid_namespace()?;
     }
     // SAFETY: the closure runs between fork and exec and only makes system calls; it takes no
     // lock and allocates nothing. It runs after the closure of `fd_mappings`, which was
     // registered before it.
-    unsafe { command.pre_exec(move || before_exec(parent, highest_fd, lock_up.as_deref())) };
+    unsafe { command.pre_exec(move || before_exec(parent, highest_fd, &around)) };
     command.spawn()
 }
 
+/// The namespaces that a child makes for itself.
+#[derive(Debug)]
+struct Surroundings {
+    lock_up: Option<Vec<BindMount>>,
+    own_network: bool,
+}
+
 /// What the child does for itself, with system calls only.
-fn before_exec(parent: u32, highest_fd: i32, lock_up: Option<&[BindMount]>) -> io::Result<()> {
+fn before_exec(parent: u32, highest_fd: i32, around: &Surroundings) -> io::Result<()> {
     rustix::process::setsid()?;
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     // The parent may have died before the line above: then nobody would ever kill us. From within a
     // process-id namespace it cannot be seen; who asked for one looks after that.
     let parent_now = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
-    if let Some(mounts) = lock_up {
+    if around.own_network {
+        enter_network_namespace()?;
+    }
+    if let Some(mounts) = &around.lock_up {
         mount_files(mounts)?;
     } else if parent_now != i32::try_from(parent).ok() {
         return Err(io::ErrorKind::NotConnected.into());
@@ -309,16 +326,20 @@ fn before_exec(parent: u32, highest_fd: i32, lock_up: Option<&[BindMount]>) -> i
 fn watch_over(
     pidfd: &OwnedFd,
     stderr: Option<File>,
-    console: UnixStream,
-    mut log: ConsoleLog,
+    console: Option<(UnixStream, ConsoleLog)>,
 ) -> String {
     let mut said: VecDeque<u8> = VecDeque::new();
     let mut stderr = stderr.filter(|pipe| set_nonblocking(pipe));
-    let mut console = Some(console).filter(|socket| socket.set_nonblocking(true).is_ok());
+    let (console, mut log) = console.unzip();
+    let mut console = console.filter(|socket| socket.set_nonblocking(true).is_ok());
     loop {
         let ended = wait_for_something(pidfd, stderr.as_ref(), console.as_ref());
         let stderr_open = take_all(&mut stderr, |bytes| keep_tail(&mut said, bytes));
-        let console_open = take_all(&mut console, |bytes| log.append(bytes));
+        let console_open = take_all(&mut console, |bytes| {
+            if let Some(log) = &mut log {
+                log.append(bytes);
+            }
+        });
         if ended {
             break;
         }

@@ -6,6 +6,7 @@
 //! drive "layer"  second  /dev/vdb
 //! vsock          the agent's channel
 //! entropy        random numbers
+//! network        where asked for; see `network`
 //! balloon        always there: hinting where the version knows it, reporting where asked for
 //! ```
 //!
@@ -21,7 +22,8 @@ use std::ffi::OsString;
 use serde_json::{Value, json};
 
 use crate::error::{Result, VmmError};
-use crate::machine::{BootSource, MachineConfig, join_command_line};
+use crate::firecracker::network::CARD;
+use crate::machine::{BootSource, GUEST_MAC, MachineConfig, join_command_line};
 use crate::memory::RamSegment;
 
 /// Names in a machine's directory.
@@ -82,7 +84,7 @@ pub(super) fn requests(
         "vcpu_count": machine.vcpus,
         "mem_size_mib": machine.memory_bytes >> 20,
     });
-    Ok(vec![
+    let mut requests = vec![
         ("/machine-config", config),
         ("/boot-source", source),
         ("/drives/base", drive("base", names::BASE_IMAGE, true)),
@@ -92,7 +94,12 @@ pub(super) fn requests(
             json!({ "guest_cid": GUEST_CID, "uds_path": names::VSOCK }),
         ),
         ("/entropy", json!({})),
-    ])
+    ];
+    if machine.network {
+        let card = json!({ "iface_id": CARD, "host_dev_name": CARD, "guest_mac": GUEST_MAC });
+        requests.push(("/network-interfaces/card", card));
+    }
+    Ok(requests)
 }
 
 /// No root device: Firecracker would add words to the command line for it.
@@ -109,13 +116,6 @@ fn drive(id: &str, path: &str, read_only: bool) -> Value {
 /// What Firecracker, beyond what every VMM asks, cannot do.
 pub(super) fn check(machine: &MachineConfig) -> Result<()> {
     let impossible = |what: String| Err(VmmError::InvalidMachine { what });
-    if machine.network {
-        return impossible(
-            "a network card on Firecracker: it needs a tap device of the host, which torpor does \
-             not make yet; leave the network out"
-                .to_owned(),
-        );
-    }
     if machine.vcpus > VCPUS_MAX {
         return impossible(format!(
             "{} vCPUs: Firecracker has 1 to {VCPUS_MAX}",
@@ -204,6 +204,19 @@ mod tests {
     }
 
     #[test]
+    fn a_network_card_is_there_only_when_asked_for() {
+        let has_card = |network| {
+            let machine = MachineConfig {
+                network,
+                ..machine()
+            };
+            let requests = requests(&machine, &boot()).unwrap();
+            requests.iter().any(|(path, _)| path.contains("network"))
+        };
+        assert!(has_card(true) && !has_card(false));
+    }
+
+    #[test]
     fn memory_above_the_hole_goes_on_at_4_gib() {
         let expected = [
             RamSegment {
@@ -224,12 +237,6 @@ mod tests {
     #[test]
     fn what_firecracker_cannot_do_is_refused_before_it_is_started() {
         check(&machine()).unwrap();
-        let network = MachineConfig {
-            network: true,
-            ..machine()
-        };
-        let error = check(&network).unwrap_err().to_string();
-        assert!(error.contains("tap device"), "{error}");
         let large = MachineConfig {
             memory_bytes: 256 << 30,
             ..machine()

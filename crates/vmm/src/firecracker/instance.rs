@@ -35,6 +35,7 @@ use crate::firecracker::binary::{FirecrackerBinary, Version};
 use crate::firecracker::channel::{self, Carrier};
 use crate::firecracker::config::{self, names};
 use crate::firecracker::jail::{Furnishing, Jail};
+use crate::firecracker::network::{Network, Programs};
 use crate::host::check_room;
 use crate::machine::{BootSource, MachineConfig, VmmIdentity};
 use crate::process::{Process, Spawn};
@@ -262,6 +263,7 @@ pub(super) struct Instance {
     _api_socket: Option<HeldSocket>,
     agent: Mutex<Option<UnixStream>>,
     carrier: Mutex<Option<Carrier>>,
+    _network: Option<Network>,
 }
 
 /// `GET /`.
@@ -281,6 +283,7 @@ impl Instance {
         machine.check()?;
         config::check(machine)?;
         check_room(machine.memory_bytes)?;
+        let network_programs = machine.network.then(Programs::find).transpose()?;
         let start = Start::prepare(binary, &files(machine, boot), dir)?;
         let console_log = ConsoleLog::create(console_log)?;
         let (console, stdout) = StdUnixStream::pair().map_err(|source| VmmError::Host {
@@ -293,11 +296,16 @@ impl Instance {
             dir: start.dir.path.clone(),
             fds: Vec::new(),
             stdout: Some(stdout.into()),
-            console,
-            console_log,
+            console: Some((console, console_log)),
             confinement: start.confinement,
+            own_network: binary.jail.is_some() || machine.network,
         })
         .await?;
+        let owner = binary.jail.as_ref().map(|jail| jail.uid);
+        let network = match network_programs {
+            Some(programs) => Some(Network::around(&process, programs, owner, dir).await?),
+            None => None,
+        };
         let api = Api::at(&start.dir.socket(names::API_SOCKET));
         let mut instance = Self {
             identity: binary.identity(),
@@ -309,6 +317,7 @@ impl Instance {
             _api_socket: None,
             agent: Mutex::new(None),
             carrier: Mutex::new(None),
+            _network: network,
         };
         instance.wait_for_api().await?;
         let socket = instance.dir.hold_socket(names::API_SOCKET)?;

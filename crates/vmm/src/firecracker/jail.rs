@@ -8,9 +8,8 @@
 //!                                           └ api.sock …       sockets, as without a jail
 //! ```
 //!
-//! It runs as a user of its own, in process-id and mount namespaces and a cgroup of its own, sees one
-//! directory, and has devices for KVM and userfaultfd. The network is the host's unless a namespace is
-//! named: torpor gives its guests no card yet, and Firecracker has no use for the host's.
+//! It runs as a user of its own, in process-id, mount and network namespaces and a cgroup of its own,
+//! sees one directory, and has devices for KVM, userfaultfd and taps.
 //!
 //! The jailer becomes Firecracker, so that its process is our child all the way; that is why the
 //! process-id namespace is ours and not by its `--new-pid-ns`, which would leave us with a process that
@@ -64,8 +63,6 @@ pub struct Jail {
     pub uid: u32,
     /// The group that it runs as.
     pub gid: u32,
-    /// The network namespace that it joins (`/run/netns/NAME`), if not the host's.
-    pub netns: Option<PathBuf>,
 }
 
 impl Jail {
@@ -188,9 +185,6 @@ impl<'a> Furnishing<'a> {
         add("--chroot-base-dir", dir.into());
         add("--cgroup-version", "2".into());
         add("--parent-cgroup", name.into());
-        if let Some(netns) = &self.jail.netns {
-            add("--netns", netns.into());
-        }
         arguments.push("--".into());
         arguments.extend(config::arguments(names::LOG));
         let confinement = Confinement {
@@ -298,7 +292,6 @@ mod tests {
             jailer: "/usr/bin/jailer".into(),
             uid: owner + 1,
             gid: u32::MAX - 1,
-            netns: None,
         };
         let mut furnishing = Furnishing {
             jail: &jail,

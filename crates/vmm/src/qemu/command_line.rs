@@ -37,7 +37,7 @@ use serde_json::json;
 
 use crate::error::{Result, VmmError};
 use crate::host::host_tsc_khz;
-use crate::machine::{Accel, BootSource, MachineConfig, join_command_line};
+use crate::machine::{Accel, BootSource, GUEST_MAC, MachineConfig, join_command_line};
 
 /// The machine as an identity records it: QEMU's type, and the revision of the layout above.
 /// Raise the revision with every change of a device or of its options: a device state fits the
@@ -170,7 +170,10 @@ fn add_devices(args: &mut Arguments, machine: &MachineConfig) -> Result<()> {
     );
     if machine.network {
         args.pair("-netdev", "user,id=network,ipv6=off");
-        args.device(5, "virtio-net-device,netdev=network,mac=52:54:00:74:6f:72");
+        args.device(
+            5,
+            &format!("virtio-net-device,netdev=network,mac={GUEST_MAC}"),
+        );
     }
     Ok(())
 }

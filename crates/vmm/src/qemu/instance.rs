@@ -98,9 +98,9 @@ impl Instance {
             dir: PathBuf::from("/"),
             fds,
             stdout: None,
-            console,
-            console_log,
+            console: Some((console, console_log)),
             confinement: None,
+            own_network: false,
         })
         .await?;
         let qmp = match Qmp::open(qmp).await {

@@ -30,7 +30,6 @@ fn jailed(uid: u32) -> Option<FirecrackerBinary> {
         jailer,
         uid,
         gid: uid,
-        netns: None,
     });
     Some(binary)
 }
