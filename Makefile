@@ -47,7 +47,7 @@ bench-pager: ## measure the pager beside its physical limits: target/bench-pager
 	@PAGER_BENCH_OUT=$(TARGET_DIR)/bench-pager cargo bench --locked --package torpor-pager --bench pager
 
 lint: ## formatting, clippy and rustdoc, all without warnings
-	@cargo fmt --all --check && cargo clippy --locked --workspace --all-targets -- -D warnings && RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
+	@cargo fmt --all --check && cargo clippy --locked --workspace --all-targets -- -D warnings && cargo check --locked --package torpor-pager --tests --features shuttle && RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
 
 clean: ## remove what was built (the set-up's cache stays)
 	@cargo clean

@@ -1,8 +1,8 @@
 //! Reads what a resume will want before there is a memory to put it into.
 //!
 //! A VMM takes tens of milliseconds to start, on one processor. Meanwhile another can read, decode
-//! and verify the working set, so that once the memory is there nothing is left to do but copy it,
-//! and it is in place before the guest asks.
+//! and verify the working set, so that once the memory is there nothing is left to do but copy it.
+//! That mostly comes before the guest asks; nobody waits for it.
 //!
 //! Bounded: at most [`WORKING_SET_PAGES_MAX`] pages are held. They stand in mappings of their own,
 //! and each is given back to the host as soon as it is installed: a heap would keep them, and a
@@ -10,7 +10,9 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use memmap2::MmapMut;
 
@@ -25,6 +27,9 @@ use crate::working_set::WORKING_SET_PAGES_MAX;
 /// more pages than one may have.
 const PIECES_MAX: usize = (2 * WORKING_SET_PAGES_MAX / READ_PAGES_MAX) as usize;
 
+/// How often whoever waits for the next piece looks whether it is still wanted.
+const WANTED_LOOK: Duration = Duration::from_millis(5);
+
 /// A source may decode on this thread's stack.
 const STACK_BYTES: usize = 256 * 1024;
 
@@ -33,6 +38,7 @@ const STACK_BYTES: usize = 256 * 1024;
 #[derive(Debug)]
 pub struct ReadAhead {
     pieces: Receiver<Piece>,
+    reader: Option<JoinHandle<()>>,
 }
 
 /// What is installed, and forgotten, together.
@@ -52,7 +58,7 @@ impl ReadAhead {
     /// The host refuses a thread.
     pub fn start(source: Arc<dyn PageSource>, runs: Vec<PageRun>) -> io::Result<Self> {
         let (sender, pieces) = sync_channel(PIECES_MAX);
-        std::thread::Builder::new()
+        let reader = std::thread::Builder::new()
             .name("pager-read-ahead".to_owned())
             .stack_size(STACK_BYTES)
             .spawn(move || {
@@ -61,7 +67,15 @@ impl ReadAhead {
                     tracing::warn!(%error, "reading ahead ended");
                 }
             })?;
-        Ok(Self { pieces })
+        Ok(Self {
+            pieces,
+            reader: Some(reader),
+        })
+    }
+
+    /// The thread that reads: for whoever waits for the end of all threads.
+    pub(crate) fn take_reader(&mut self) -> Option<JoinHandle<()>> {
+        self.reader.take()
     }
 }
 
@@ -75,19 +89,20 @@ fn read_all(
     for part in within(WORKING_SET_PAGES_MAX, parts_of(source, runs)) {
         let (run, _) = part;
         if pages + run.pages > READ_PAGES_MAX {
-            let piece = read_piece(source, std::mem::take(&mut parts))?;
+            let (piece, read) = read_piece(source, std::mem::take(&mut parts))?;
             if sender.send(piece).is_err() {
                 return Ok(());
             }
+            read?;
             pages = 0;
         }
         pages += run.pages;
         parts.push(part);
     }
-    let last = read_piece(source, parts)?;
+    let (last, read) = read_piece(source, parts)?;
     // Who would take it may have gone.
     sender.send(last).ok();
-    Ok(())
+    read
 }
 
 /// The runs, cut where the kind of content changes and to what a source reads at once.
@@ -119,7 +134,11 @@ fn within(
     })
 }
 
-fn read_piece(source: &dyn PageSource, parts: Vec<(PageRun, SourceKind)>) -> io::Result<Piece> {
+/// What could be read of these parts, and why not all of them could.
+fn read_piece(
+    source: &dyn PageSource,
+    parts: Vec<(PageRun, SourceKind)>,
+) -> io::Result<(Piece, io::Result<()>)> {
     let data = parts.iter().filter(|(_, kind)| *kind == SourceKind::Data);
     let len_bytes = data.map(|(run, _)| bytes(run.pages)).sum::<usize>();
     let mut piece = Piece {
@@ -128,14 +147,22 @@ fn read_piece(source: &dyn PageSource, parts: Vec<(PageRun, SourceKind)>) -> io:
         bytes: MmapMut::map_anon(len_bytes.max(1))?,
     };
     let mut rest = &mut piece.bytes[..];
-    for (run, kind) in &piece.parts {
+    let mut failed = None;
+    for (number, (run, kind)) in piece.parts.iter().enumerate() {
         if *kind == SourceKind::Data {
             let (part, after) = rest.split_at_mut(bytes(run.pages));
-            source.read(run.first_page, part)?;
+            if let Err(error) = source.read(run.first_page, part) {
+                failed = Some((number, error));
+                break;
+            }
             rest = after;
         }
     }
-    Ok(piece)
+    let Some((number, error)) = failed else {
+        return Ok((piece, Ok(())));
+    };
+    piece.parts.truncate(number);
+    Ok((piece, Err(error)))
 }
 
 fn bytes(pages: u64) -> usize {
@@ -145,25 +172,36 @@ fn bytes(pages: u64) -> usize {
 impl Service {
     /// Installs what is read ahead, as it comes, until all of it is or nobody wants it any more.
     pub(crate) fn install_ahead(&self, ahead: &ReadAhead) {
-        for piece in &ahead.pieces {
-            let mut rest = &piece.bytes[..];
-            for (run, kind) in piece.parts {
-                {
-                    let state = self.lock_when_calm();
-                    if !state.ahead_wanted || state.stopping || state.vmm_gone {
-                        return;
-                    }
-                }
-                let content = match kind {
-                    SourceKind::Zero => None,
-                    SourceKind::Data => {
-                        let (content, after) = rest.split_at(bytes(run.pages));
-                        rest = after;
-                        Some(content)
-                    }
-                };
-                self.install_inside(run, content);
+        while self.wants_ahead() {
+            match ahead.pieces.recv_timeout(WANTED_LOOK) {
+                Ok(piece) => self.install_piece(piece),
+                // A source may hang; nobody who stops the pager waits for it here.
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
             }
+        }
+    }
+
+    fn wants_ahead(&self) -> bool {
+        let state = self.lock_when_calm();
+        state.ahead_wanted && !state.stopping && !state.vmm_gone
+    }
+
+    fn install_piece(&self, piece: Piece) {
+        let mut rest = &piece.bytes[..];
+        for (run, kind) in piece.parts {
+            if !self.wants_ahead() {
+                return;
+            }
+            let content = match kind {
+                SourceKind::Zero => None,
+                SourceKind::Data => {
+                    let (content, after) = rest.split_at(bytes(run.pages));
+                    rest = after;
+                    Some(content)
+                }
+            };
+            self.install_inside(run, content);
         }
     }
 
@@ -281,14 +319,18 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_behind_a_failed_read_is_left_out() {
+    fn what_lies_behind_a_failed_read_is_left_out_and_nothing_before_it() {
         let source = Numbers {
             fails_from: Some(5000),
             ..Numbers::default()
         };
-        let runs = vec![PageRun::new(100, 256), PageRun::new(5000, 10)];
+        let runs = vec![
+            PageRun::new(100, 300),
+            PageRun::new(5000, 10),
+            PageRun::new(1, 1),
+        ];
         let ahead = ReadAhead::start(Arc::new(source), runs).unwrap();
-        assert_eq!(pages_of(&ahead).len(), 256);
+        assert_eq!(pages_of(&ahead).len(), 300);
     }
 
     #[test]

@@ -372,7 +372,8 @@ impl Service {
     pub(crate) fn drain_for_others(&self, state: &mut State) {
         let (before, _) = state.machine.waiting();
         self.drain(state);
-        if before == 0 && state.machine.waiting().0 > 0 {
+        let first = before == 0 && state.machine.waiting().0 > 0;
+        if first || state.machine.has_aside() {
             self.kernel.nudge();
         }
     }

@@ -202,7 +202,11 @@ impl Peer {
         let credentials = rustix::net::sockopt::socket_peercred(stream)?;
         let pid = credentials.pid;
         // A process that has ended meanwhile has none; whoever waits for it learns so.
-        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok();
+        let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => Some(pidfd),
+            Err(rustix::io::Errno::SRCH) => None,
+            Err(error) => return Err(error.into()),
+        };
         Ok(Self {
             pid: Pid::as_raw(Some(pid)),
             pidfd,

@@ -235,7 +235,11 @@ impl Pager {
         self.prefetch_first(runs, None)
     }
 
-    fn prefetch_first(&self, runs: &[PageRun], ahead: Option<ReadAhead>) -> Result<(), PagerError> {
+    fn prefetch_first(
+        &self,
+        runs: &[PageRun],
+        mut ahead: Option<ReadAhead>,
+    ) -> Result<(), PagerError> {
         let guest = PageRun::new(0, self.span_pages);
         let start = {
             let mut state = self.service.lock();
@@ -251,6 +255,10 @@ impl Pager {
             state.prefetcher_runs |= start;
             start
         };
+        if let Some(reader) = ahead.as_mut().and_then(ReadAhead::take_reader) {
+            let threads = self.threads.lock();
+            threads.unwrap_or_else(PoisonError::into_inner).push(reader);
+        }
         let prefetch = move |service: &Service| threads::prefetcher(service, ahead.as_ref());
         if start && let Err(error) = self.spawn("prefetch", prefetch) {
             self.service.lock().prefetcher_runs = false;

@@ -137,6 +137,8 @@ pub struct Server {
     /// Connections whose handshake is under way, by their number.
     handshakes: HashMap<u64, UnixStream>,
     accepted: u64,
+    /// No descriptors were left for a connection; until one of ours ends, none is taken.
+    exhausted: bool,
     latencies: Latencies,
     busy: Duration,
     report: ServerReport,
@@ -184,6 +186,7 @@ impl Server {
             vmms: Vec::new(),
             handshakes: HashMap::new(),
             accepted: 0,
+            exhausted: false,
             latencies: Latencies::default(),
             busy: Duration::ZERO,
             report: ServerReport::default(),
@@ -244,7 +247,7 @@ impl Server {
             .config
             .connections
             .is_none_or(|all| self.accepted < all);
-        more && self.vmms.len() + self.handshakes.len() < VMMS_MAX
+        more && !self.exhausted && self.vmms.len() + self.handshakes.len() < VMMS_MAX
     }
 
     fn wait(&self) -> io::Result<Ready> {
@@ -293,14 +296,32 @@ impl Server {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             // The peer's doing, or over in a moment.
             Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => return Ok(()),
-            Err(error) => return Err(error),
+            Err(error) => return self.out_of_descriptors(error),
         };
+        match self.begin_handshake(stream) {
+            Ok(()) => Ok(()),
+            Err(error) => self.out_of_descriptors(error),
+        }
+    }
+
+    /// A connection could not be taken in. Those that are served must not suffer for it.
+    fn out_of_descriptors(&mut self, error: io::Error) -> io::Result<()> {
+        let passes = [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EAGAIN];
+        let ours = self.vmms.len() + self.handshakes.len();
+        if ours == 0 || !error.raw_os_error().is_some_and(|e| passes.contains(&e)) {
+            return Err(error);
+        }
+        tracing::warn!(%error, served = ours, "no more VMMs are taken until one has gone");
+        self.exhausted = true;
+        Ok(())
+    }
+
+    fn begin_handshake(&mut self, stream: UnixStream) -> io::Result<()> {
         stream.set_nonblocking(false)?;
         let (source, arrived) = (Arc::clone(&self.config.source), Arc::clone(&self.arrived));
         let (len_pages, prefetch) = (self.config.len_pages, self.config.prefetch.clone());
         let number = self.accepted;
-        self.handshakes.insert(number, stream.try_clone()?);
-        self.accepted += 1;
+        let kept = stream.try_clone()?;
         std::thread::Builder::new()
             .name("pager-greets".to_owned())
             .spawn(move || {
@@ -311,6 +332,8 @@ impl Server {
                     tracing::error!(%error, "the server cannot be told of a VMM");
                 }
             })?;
+        self.handshakes.insert(number, kept);
+        self.accepted += 1;
         Ok(())
     }
 
@@ -325,6 +348,7 @@ impl Server {
         };
         for (number, vmm) in arrived {
             self.handshakes.remove(&number);
+            self.exhausted = false;
             match vmm {
                 Ok(vmm) => self.vmms.push(vmm),
                 Err(why) => {
@@ -366,6 +390,7 @@ impl Server {
         if let Err(error) = vmm.pager.shutdown() {
             tracing::error!(%error, "a VMM's pager");
         }
+        self.exhausted = false;
         let report = VmmReport {
             pid: vmm.peer.pid,
             error: why,

@@ -580,11 +580,7 @@ impl Service {
     pub(crate) fn serve(&self, page: u64, buf: &mut Vec<u8>) {
         let window = self.lock().machine.window(page);
         let span = self.data_span(page, window);
-        let at_once = if self.source.block_pages() > 1 {
-            span
-        } else {
-            PageRun::new(page, 1)
-        };
+        let at_once = self.own_block(page, span);
         if let Err(failure) = self.read(at_once, buf) {
             self.lock().machine.lose(page);
             if let Some(failure) = failure {
@@ -592,32 +588,48 @@ impl Service {
             }
             return;
         }
-        {
-            let mut state = self.lock();
-            // The page may have been discarded, or brought in, while its content was fetched.
-            match (state.machine.need(page), state.machine.kind(page)) {
-                (Need::Source, Some(kind)) => {
-                    let content = Content::Bytes(self.sizes.slice(at_once, page, 1, buf));
-                    let filled = self.kernel.copy(page, content, self.protects(kind));
-                    if !self.fault_filled(&mut state, page, kind, filled, SourceKind::Data) {
-                        return;
-                    }
-                }
-                _ => self.decide(&mut state, page),
-            }
-        }
+        let there = self.install_read(page, self.sizes.slice(at_once, page, 1, buf));
+        // The reader may sleep, all discards read: it is to try again what one of them has put off.
         if self.lock().machine.has_aside() {
             self.kernel.nudge();
         }
-        if at_once != span {
-            let Some(rest) = self.absent_part(span) else {
-                return;
-            };
-            if self.read(rest, buf).is_ok() {
-                self.fill(rest, buf, Reason::Neighbour);
+        if !there {
+            return;
+        }
+        if at_once.pages > 1 {
+            self.fill(at_once, buf, Reason::Neighbour);
+        }
+        // A kindness: that it cannot be read is for the fault to say that needs it.
+        if at_once != span
+            && let Some(rest) = self.absent_part(span)
+            && self.read(rest, buf).is_ok()
+        {
+            self.fill(rest, buf, Reason::Neighbour);
+        }
+    }
+
+    /// What is read along with a page because it costs no more: the pages of its frame, if any.
+    fn own_block(&self, page: u64, span: PageRun) -> PageRun {
+        let block_pages = self.source.block_pages().max(1);
+        PageRun::new(page - page % block_pages, block_pages)
+            .clipped_to(span)
+            .unwrap_or(PageRun::new(page, 1))
+    }
+
+    /// Installs a faulting page whose content has been read. Returns whether it is there.
+    fn install_read(&self, page: u64, content: &[u8]) -> bool {
+        let mut state = self.lock();
+        // It may have been discarded, or brought in, while its content was fetched.
+        match (state.machine.need(page), state.machine.kind(page)) {
+            (Need::Source, Some(kind)) => {
+                let content = Content::Bytes(content);
+                let filled = self.kernel.copy(page, content, self.protects(kind));
+                self.fault_filled(&mut state, page, kind, filled, SourceKind::Data)
             }
-        } else if span.pages > 1 {
-            self.fill(span, buf, Reason::Neighbour);
+            _ => {
+                self.decide(&mut state, page);
+                true
+            }
         }
     }
 

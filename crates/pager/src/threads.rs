@@ -71,6 +71,7 @@ impl Drop for PanicAlarm<'_> {
 /// storage.
 pub(crate) fn reader(service: &Service) {
     let mut pace = Pace::default();
+    let mut watched = Instant::now();
     loop {
         let turn = {
             let mut state = service.lock();
@@ -81,6 +82,11 @@ pub(crate) fn reader(service: &Service) {
         };
         let waited = match turn {
             Turn::Busy { mut filled_pages } => {
+                // Faults of some threads must not hide that another's waits.
+                if watched.elapsed() >= WATCH_PERIOD {
+                    watched = Instant::now();
+                    service.watch(&mut service.lock());
+                }
                 // Where many threads fault, one piece for each batch of their faults would leave
                 // the windows behind for good.
                 while filled_pages < FILL_PAGES_MAX {

@@ -7,7 +7,8 @@
 //! or ahead of them. Whether one of the latter was used cannot be seen from outside the guest: a
 //! page's accessed bit is set by its being installed. They are kept all the same, because a set
 //! without them would fault on every one of them at the next resume; pages that the guest gave
-//! back drop out, and the bound cuts them before it cuts a page that was waited for.
+//! back drop out, and the bound cuts them, the last to come first, before it cuts a page that was waited
+//! for.
 
 use crate::page_set::{PageRun, PageSet};
 
@@ -93,12 +94,17 @@ impl Arrivals {
 pub(crate) fn compact(used: &PageSet, brought_in: &PageSet, arrivals: &Arrivals) -> Vec<PageRun> {
     let mut chosen = PageSet::with_capacity_pages(used.capacity_pages());
     let mut room_pages = WORKING_SET_PAGES_MAX;
-    for run in used.runs().chain(brought_in.runs()) {
-        let run = PageRun::new(run.first_page, run.pages.min(room_pages));
-        chosen.insert_run(run);
-        room_pages -= run.pages;
-        if room_pages == 0 {
-            break;
+    let first_come = arrivals.runs.iter().copied();
+    for (runs, of) in [
+        (used.runs().collect::<Vec<_>>(), used),
+        (first_come.collect(), brought_in),
+        (brought_in.runs().collect(), brought_in),
+    ] {
+        for page in runs.iter().flat_map(|run| run.first_page..run.end_page()) {
+            if room_pages > 0 && of.contains(page) && !chosen.contains(page) {
+                chosen.insert(page);
+                room_pages -= 1;
+            }
         }
     }
     let runs: Vec<PageRun> = chosen.runs().collect();
@@ -164,6 +170,19 @@ mod tests {
         let used = set(&[(50_000, 10)]);
         let runs = compact(&used, &set(&[(0, 40_000)]), &Arrivals::default());
         assert!(runs.contains(&PageRun::new(50_000, 10)));
+        assert_eq!(
+            runs.iter().map(|run| run.pages).sum::<u64>(),
+            WORKING_SET_PAGES_MAX
+        );
+    }
+
+    #[test]
+    fn of_what_was_brought_in_the_first_to_come_is_kept() {
+        let mut arrivals = Arrivals::default();
+        (60_000..60_100).for_each(|page| arrivals.add(page));
+        let brought_in = set(&[(0, 40_000), (60_000, 100)]);
+        let runs = compact(&set(&[]), &brought_in, &arrivals);
+        assert!(runs.contains(&PageRun::new(60_000, 100)));
         assert_eq!(
             runs.iter().map(|run| run.pages).sum::<u64>(),
             WORKING_SET_PAGES_MAX

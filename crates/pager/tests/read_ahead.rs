@@ -94,3 +94,24 @@ fn what_comes_late_neither_undoes_a_discard_nor_a_write_nor_outlives_a_settling(
         assert_eq!(pager.stats().pages_prefetched, 0);
     }
 }
+
+#[test]
+fn a_source_that_hangs_holds_up_neither_a_settling_nor_what_is_prefetched_after_it() {
+    let guest = Guest::new(Memory::Anonymous, 512);
+    let hanging = Arc::new(TestSource::new(512));
+    hanging.open_gate(false);
+    let ahead = ReadAhead::start(hanging.clone(), vec![PageRun::new(0, 512)]).unwrap();
+    let source = Arc::new(TestSource::new(512));
+    let pager = guest.pager(&source, WriteTracking::Async, |config| {
+        config.read_ahead = Some(ahead);
+    });
+    pager.settle(DEADLINE).unwrap();
+    until("given up", || pager.prefetch_done());
+    pager.prefetch(&[PageRun::new(100, 8)]).unwrap();
+    until("prefetched", || pager.prefetch_done());
+    assert_eq!(pager.stats().pages_prefetched, 8);
+    // The thread that reads is one of the pager's, and a pager that has stopped has none.
+    let opener = std::thread::spawn(move || hanging.open_gate(true));
+    pager.shutdown().unwrap();
+    opener.join().unwrap();
+}

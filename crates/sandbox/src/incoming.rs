@@ -140,6 +140,8 @@ async fn memory_of_qemu(
             Err(error) => error.to_string(),
         },
     };
+    // All of it is read now.
+    drop(ahead);
     tracing::info!(why = %why_eager, "the guest's memory is filled before it starts");
     let image = Arc::clone(&parent.memory);
     let memory = memfd_of(&guest_memory)?;

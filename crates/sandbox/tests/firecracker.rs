@@ -48,7 +48,7 @@ const GUEST_MEMORY_BYTES: u64 = 256 << 20;
 const GUEST_DISK_BYTES: u64 = 256 << 20;
 const CLONES_MAX: usize = 10;
 const CLONES_PER_PROCESSOR: usize = 5;
-const GREETING: &str = "hello\n";
+const GREETING: &str = "hello";
 const PROGRAM: &str = "/root/torpor-workload";
 const TAG: &str = "workload";
 /// Emulated in an emulation, a guest is slow: a limit that says *never*, not *slow*.
@@ -484,7 +484,7 @@ async fn sandboxes_resumed_from_one_build_at_once_each_have_a_disk_of_their_own(
     }
     // The gateway is not the host's loopback.
     let refused = format!("{} || echo refused", greeter.ask_at("10.0.2.2"));
-    assert_eq!(sh(&clones[0], &refused).await, "refused\n");
+    assert_eq!(sh(&clones[0], &refused).await, "refused");
     let write = |(number, clone)| async move {
         sh(
             clone,

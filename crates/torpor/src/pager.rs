@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::process::{Resource, getrlimit, setrlimit};
 use torpor_build::Storage;
 use torpor_pager::server::{Server, ServerConfig, ServerReport, StopHandle};
 use torpor_pager::{FileSource, PageRun, PageSource};
@@ -22,6 +23,8 @@ pub(crate) async fn run(context: &Context, args: PagerArgs) -> Result<(), CliErr
         Some(_) => Some(context.open_storage().await?),
         None => None,
     };
+    // Each VMM takes four descriptors; the usual limit would do for some 250.
+    raise_descriptor_limit();
     let (socket, report) = (Socket::bind(&args.socket)?, args.report.clone());
     let server = blocking(move || server(storage.as_ref(), &args, &socket).map(|s| (s, socket)));
     let (server, socket) = server.await?;
@@ -46,6 +49,15 @@ pub(crate) async fn run(context: &Context, args: PagerArgs) -> Result<(), CliErr
     let served = served.await?;
     let printed = output.result(&served, text);
     printed.map_err(CliError::system("print the report"))
+}
+
+/// As many descriptors as the host lets us have. Best effort.
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!(%error, "the limit of open files stays");
+    }
 }
 
 struct StopOnDrop(StopHandle);

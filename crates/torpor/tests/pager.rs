@@ -489,3 +489,29 @@ fn a_socket_that_exists_is_not_taken_over() {
     assert!(String::from_utf8_lossy(&again.stderr).contains("another pager may be listening"));
     assert!(served.socket().exists());
 }
+
+#[test]
+fn connections_beyond_the_descriptors_wait_and_harm_nobody_who_is_served() {
+    let served = Served::on_memory_file(PAGES, &[]);
+    let mut vmm = served.vmm();
+    assert_eq!(vmm.ask("read 7"), "7");
+    let pid = rustix::process::Pid::from_child(&served.child);
+    let open = std::fs::read_dir(format!("/proc/{}/fd", served.child.id()));
+    let few = Some(open.unwrap().count() as u64 + 9);
+    let limit = rustix::process::Rlimit {
+        current: few,
+        maximum: few,
+    };
+    rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, limit).unwrap();
+    // Two descriptors for each of those that get in.
+    let silent: Vec<_> = (0..20)
+        .map(|_| UnixStream::connect(served.socket()).unwrap())
+        .collect();
+    for page in 1000..1100 {
+        assert_eq!(vmm.ask(&format!("read {page}")), page.to_string());
+    }
+    drop(silent);
+    let mut another = served.vmm();
+    assert_eq!(another.ask("read 8"), "8");
+    assert_eq!(vmm.ask("read 9"), "9");
+}
