@@ -87,6 +87,8 @@ pub struct Metrics {
     pub disk_total: u64,
     /// Bytes in use on it.
     pub disk_used: u64,
+    /// The kernel's id of this boot, as [`InitResponse::boot_id`].
+    pub boot_id: String,
 }
 
 /// Answer of `/freeze` and `/unfreeze`.

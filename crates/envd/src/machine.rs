@@ -63,7 +63,8 @@ impl Machine {
     }
 }
 
-fn line(path: &str) -> Option<String> {
+/// What stands in a file of the kernel's.
+pub(crate) fn line(path: &str) -> Option<String> {
     std::fs::read_to_string(path)
         .ok()
         .map(|text| text.trim().to_owned())

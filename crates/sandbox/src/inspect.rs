@@ -216,7 +216,7 @@ pub fn look_into_build(build: &Build) -> Result<MemoryLook, InspectError> {
     let note = layout.note.ok_or(InspectError::NoNote(build.id()))?;
     let image = Arc::new(build.memory()?);
     let memory = StoppedMemory::new(layout.ram, Content::Image(Walked::new(image)));
-    look(&memory, note, None)
+    look(&memory, note)
 }
 
 /// Looks into the memory of a running sandbox, whose vCPUs stand still meanwhile.
@@ -260,8 +260,10 @@ pub fn look_into_sandbox(storage: &Storage, name: &Name) -> Result<MemoryLook, I
             removed: Vec::new(),
         },
     };
-    let memory = StoppedMemory::new(record.layout.ram, content);
-    look(&memory, note, Some(until))
+    look(
+        &StoppedMemory::new(record.layout.ram, content).until(until),
+        note,
+    )
 }
 
 fn read_record(path: &Path) -> std::io::Result<RunRecord> {
@@ -271,20 +273,17 @@ fn read_record(path: &Path) -> std::io::Result<RunRecord> {
     Ok(serde_json::from_str(&text)?)
 }
 
-/// Looks at all of a memory, until a moment at most.
-fn look(
-    memory: &StoppedMemory,
-    note: NoteLocation,
-    until: Option<Instant>,
-) -> Result<MemoryLook, InspectError> {
-    let kernel = GuestKernel::find(memory, note)?;
-    let census = kernel.census(memory)?;
+/// Looks at all of a memory.
+fn look(memory: &StoppedMemory, note: NoteLocation) -> Result<MemoryLook, InspectError> {
+    let too_slow = |error| match memory.check_time() {
+        Ok(()) => InspectError::from(error),
+        Err(_) => InspectError::TooSlow,
+    };
+    let kernel = GuestKernel::find(memory, note).map_err(too_slow)?;
+    let census = kernel.census(memory).map_err(too_slow)?;
     let mut runs = Vec::new();
     let mut buffer = vec![0; usize::try_from(LOOK_PAGES).unwrap_or(1) * PAGE_SIZE];
     for found in &census.runs {
-        if until.is_some_and(|until| Instant::now() >= until) {
-            return Err(InspectError::TooSlow);
-        }
         let pfns = PfnRun {
             first_pfn: found.first_pfn,
             pages: found.pages,
@@ -325,6 +324,7 @@ fn split_by_zero(
 ) -> Result<(), InspectError> {
     let (mut page, end) = (run.first_page, run.first_page + run.pages);
     while page < end {
+        memory.check_time().map_err(|_| InspectError::TooSlow)?;
         let (pages, known) = memory.content().known(page, (end - page).min(LOOK_PAGES))?;
         let part = PageRun {
             first_page: page,

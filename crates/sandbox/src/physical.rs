@@ -12,19 +12,19 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use torpor_anatomy::{PfnRun, PhysicalMemory, RamRange};
 use torpor_build::{FRAME_PAGES, FrameCache, ImageReader, PAGE_SIZE, PageRun};
 use torpor_vmm::{GuestReader, RamSegment};
 
 const PAGE: u64 = PAGE_SIZE as u64;
-const PAGES_PER_GIB: u64 = (1 << 30) / PAGE;
 /// Size of an entry of the page array (bytes), in any usual kernel.
 const ENTRY_BYTES: u64 = 64;
-/// Frames for each GiB begun that a scan may read beyond those that its page array fills: for the ends
-/// of its stretches in each layer, the note and the tables. A frame takes some 15 µs to decode, so that
-/// a guest of a GiB whose pages lie as badly as it can arrange costs 8 ms more than an honest one.
-const MORE_FRAMES_PER_GIB: u64 = 512;
+/// Frames that a scan may read beyond those that its page array fills: for the ends of its stretches in
+/// each layer, the note and the tables. A frame takes some 15 µs to decode, so that a guest whose pages
+/// lie as badly as it can arrange costs 9 ms more than an honest one.
+const MORE_FRAMES: u64 = 600;
 
 /// Where a guest's bytes are.
 #[derive(Debug, Clone)]
@@ -97,7 +97,7 @@ impl Walked {
 /// Frames that the scan of a guest of so many pages may read of its parent.
 fn scan_frames_max(pages: u64) -> u64 {
     let array_frames = (pages * ENTRY_BYTES).div_ceil(FRAME_PAGES as u64 * PAGE);
-    array_frames + MORE_FRAMES_PER_GIB * pages.div_ceil(PAGES_PER_GIB)
+    array_frames + MORE_FRAMES
 }
 
 /// What stands in for a page that the host does not hold.
@@ -127,6 +127,7 @@ pub(crate) struct StoppedMemory {
     segments: Vec<RamSegment>,
     ram: Vec<RamRange>,
     content: Content,
+    until: Option<Instant>,
 }
 
 impl StoppedMemory {
@@ -142,6 +143,25 @@ impl StoppedMemory {
             segments,
             ram,
             content,
+            until: None,
+        }
+    }
+
+    /// The same, read no longer than until then: whoever looks at it stops by an error.
+    pub(crate) fn until(self, until: Instant) -> Self {
+        Self {
+            until: Some(until),
+            ..self
+        }
+    }
+
+    /// Whether there is time left.
+    pub(crate) fn check_time(&self) -> io::Result<()> {
+        match self.until {
+            Some(until) if Instant::now() >= until => {
+                Err(io::Error::new(io::ErrorKind::TimedOut, "it took too long"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -225,6 +245,7 @@ impl PhysicalMemory for StoppedMemory {
         let Some(segment) = segment else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
+        self.check_time()?;
         let offset = segment.guest_offset_bytes + (addr - segment.guest_addr);
         self.content.read_at(offset, buf)
     }
@@ -289,9 +310,8 @@ mod tests {
 
     #[test]
     fn a_scan_may_read_its_page_array_and_not_much_more() {
-        assert_eq!(scan_frames_max(PAGES_PER_GIB), 256 + 512);
-        assert_eq!(scan_frames_max(PAGES_PER_GIB / 2), 128 + 512);
-        assert_eq!(scan_frames_max(4 * PAGES_PER_GIB), 1024 + 2048);
+        assert_eq!(scan_frames_max((1 << 30) / PAGE), 256 + 600);
+        assert_eq!(scan_frames_max((6 << 30) / PAGE), 6 * 256 + 600);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -147,6 +147,8 @@ pub struct Sandbox {
     envd: Envd,
     /// Where the guest's kernel says that its note is.
     note: Option<NoteLocation>,
+    /// Which boot of a kernel said so.
+    boot_id: String,
     working_set: Vec<PageRun>,
 }
 
@@ -196,6 +198,7 @@ impl Starting {
             body,
             envd,
             note: answer.vmcoreinfo.and_then(|text| text.parse().ok()),
+            boot_id: answer.boot_id,
             working_set,
         };
         // For those who want to look into it: not worth failing for.
@@ -358,6 +361,13 @@ impl Sandbox {
         asked.unwrap_or_else(|error| Err(error.to_string()))
     }
 
+    /// Whether the guest's agent speaks of another kernel than the one that was asked for its note: a
+    /// guest may have booted another by itself (kexec), and the old one's note be there still.
+    pub(crate) fn is_another_boot(&self, boot_id: &str) -> bool {
+        // An agent from before it was told says nothing.
+        !boot_id.is_empty() && boot_id != self.boot_id
+    }
+
     /// Finds the stopped guest's free pages, in at most `max`. Never fails: the report says why
     /// there are none.
     pub(crate) async fn scan(
@@ -366,13 +376,15 @@ impl Sandbox {
         permission: Permission,
         max: Duration,
     ) -> (ScanReport, Vec<PageRun>) {
-        let memory = self.stopped_memory(changes.removed.clone());
-        // One that takes too long is left behind: it only reads, and nobody looks at what it finds.
+        let memory = self
+            .stopped_memory(changes.removed.clone())
+            .until(Instant::now() + max);
+        // One that hangs in a read is left behind: nobody looks at what it finds.
         let scanning = background(move || Ok(scan::scan(&memory, &permission)));
-        let why = match timeout(max, scanning).await {
+        let why = match timeout(max * 2, scanning).await {
             Ok(Ok(scanned)) => return scanned,
             Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("it took longer than {} ms", max.as_millis()),
+            Err(_) => format!("a read took longer than {} ms", max.as_millis()),
         };
         (ScanReport::not_scanned(why), Vec::new())
     }

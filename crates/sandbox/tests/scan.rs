@@ -349,6 +349,21 @@ async fn a_guest_that_rewrites_its_note_is_paused_without_a_scan_and_goes_on() {
     sandbox.end().await;
 }
 
+/// What the agent of a guest says that has booted another kernel by itself (kexec).
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_speaks_of_another_boot_than_at_its_start_is_not_scanned() {
+    let host = host().await;
+    let template = template(&host).await;
+    let (sandbox, _) = resume_build(&host, &template).await;
+    let hidden = "echo another > /root/boot_id && \
+                  mount --bind /root/boot_id /proc/sys/kernel/random/boot_id";
+    sh(&sandbox, hidden).await;
+    let paused = pause_into_new(sandbox, &host, PauseFlags::default()).await;
+    let _cleanup = Cleanup(host.storage(), vec![paused.build.id()]);
+    let parent = host.storage().open_build(&template).unwrap();
+    not_scanned(&paused, Some(&parent), "another kernel");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_asks_its_flags_whether_to_scan_and_to_refer() {
     let host = host().await;

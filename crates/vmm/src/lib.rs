@@ -37,6 +37,7 @@ mod host;
 mod inject;
 mod machine;
 mod memory;
+mod page_cache;
 mod process;
 pub mod qemu;
 mod reader;

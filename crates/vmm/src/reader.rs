@@ -16,6 +16,7 @@ use rustix::fs::{SeekFrom, seek};
 
 use crate::error::{Result, VmmError};
 use crate::memory::{GuestMemory, MemoryMapping, allocated_bytes};
+use crate::page_cache::holds_all;
 
 pub(crate) const PAGE_BYTES: u64 = 4096;
 /// Bit 63 of a pagemap entry: present (Documentation/admin-guide/mm/pagemap.rst).
@@ -232,6 +233,10 @@ fn held_in_file(file: &File, at: u64, end: u64) -> io::Result<(bool, u64)> {
     };
     if data > at {
         return Ok((false, data.min(end)));
+    }
+    // Looking for a hole walks to the end of the data, however far behind `end` that is.
+    if holds_all(file, at, end.saturating_sub(at), PAGE_BYTES) {
+        return Ok((true, end));
     }
     let hole = seek(file, SeekFrom::Hole(at))?;
     Ok((true, hole.next_multiple_of(PAGE_BYTES).min(end)))

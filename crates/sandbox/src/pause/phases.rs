@@ -234,6 +234,11 @@ impl Reclaimed {
         let ram_bytes = course.sandbox.spec().memory_bytes;
         course.guest_nonfree_bytes =
             (metrics.as_ref().ok()).map(|metrics| ram_bytes.saturating_sub(metrics.mem_free));
+        if let (Ok(metrics), Some(permission)) = (&metrics, &mut course.scan_permission)
+            && course.sandbox.is_another_boot(&metrics.boot_id)
+        {
+            *permission = Err("another kernel runs in the guest than at its start".to_owned());
+        }
         let skipped = metrics.err().map(|error| error.to_string());
         course.note(PauseStep::CountFree, since, skipped);
         Drained(course, staged)
