@@ -4,7 +4,7 @@
 //! [`OPEN_LAYERS_MAX`] data files are open (the least recently used is closed), and
 //! [`CACHED_FRAMES`](crate::CACHED_FRAMES) decoded frames are kept. The cache is for neighbours: a fault reads one page
 //! of a frame and then the others. Measured on two busy cores, host cache warm: a page of a frame
-//! that is not kept 25 µs (8 µs if it is not compressed), of one that is kept 3 µs.
+//! that is not kept 15 µs (8 µs if it is not compressed), of one that is kept 3 µs.
 //!
 //! As long as a reader lives its build is in use and cannot be deleted; the build keeps its
 //! parents from being deleted, so every layer's file stays where it is.

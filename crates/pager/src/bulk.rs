@@ -35,7 +35,7 @@ const _: () = assert!(ZERO_PAGES_MAX == FILL_PAGES_MIN, "zeros come in one size"
 const _: () = assert!(FILL_PAGES_MAX <= READ_PAGES_MAX);
 
 /// Pieces of content at hand that one piece of a window may consist of. Each may have to be decoded
-/// (a build whose pages stand apart: 25 µs for a frame), and no event is read meanwhile; what is
+/// (a build whose pages stand apart: 15 µs for a frame), and no event is read meanwhile; what is
 /// left of the piece has its turn after the next look at the events.
 const AT_HAND_MAX: u32 = 4;
 

@@ -8,6 +8,8 @@
 //! - `machine`: the page states and waiting faults, pure
 //! - `service`: events and faults; the one lock, and why
 //! - `bulk`: many pages at once: neighbours, prefetch
+//! - `ahead`: what is read before there is a memory
+//! - `working_set`: which pages the next resume should bring in, pure
 //! - `around`: how much is filled around a fault, pure
 //! - `file_source`: a raw memory file as a source
 //! - `huge_source`: any source, in 2 MiB pages

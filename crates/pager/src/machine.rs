@@ -1,6 +1,6 @@
 //! The page states and the faults that wait: events in, decisions out.
 //!
-//! Pure: no I/O, no locks, no clock of its own. Whoever holds the machine (one lock, see `core`)
+//! Pure: no I/O, no locks, no clock of its own. Whoever holds the machine (one lock, see `service`)
 //! tells it what the kernel said and what became of each copy; it answers what a page must hold
 //! now and which fault is next.
 //!

@@ -13,6 +13,8 @@
 //!     │ the windows around   worker ──read source──▶ look again ──copy──▶ kernel
 //!     ▼
 //!   prefetcher ──read source──▶ look again ──copy what is still absent──▶ kernel
+//!     ▲
+//!     └─ pieces that were read before there was a memory (`ahead`)
 //! ```
 //!
 //! Any of them may read events (it holds the lock); the reader is the one that waits for them.

@@ -1,9 +1,9 @@
 //! Many threads that fault, write and discard at once, each knowing what its pages must hold.
 //!
 //! Each owner thread has a part of the memory to itself and checks every read against its own
-//! record. Visitors read everywhere: they cannot know what is there at the moment, but it must be
-//! zeros or a whole stamp of the right page. In between the memory is settled and its dirty set
-//! compared with the records.
+//! record. Visitors read everywhere, so that faults of several threads meet in a page; what they see
+//! is in motion and says nothing. In between the memory is settled and its dirty set compared with
+//! the records.
 #![allow(
     missing_docs,
     clippy::cast_possible_truncation,
