@@ -479,7 +479,8 @@ impl Sandbox {
     }
 
     /// Ends the sandbox without a build. Its VMM is gone when this returns; one that the kernel
-    /// does not let go (it hangs in a system call) is logged, and goes when it can.
+    /// does not let go (it hangs in a system call) is logged, and goes when it can. Memory that was
+    /// shared with it is freed a moment later, on another thread.
     pub async fn end(self) {
         if let Err(error) = self.body.vmm.kill().await {
             tracing::warn!(sandbox = %self.body.name, %error, "the VMM does not go");
