@@ -18,6 +18,7 @@
 //! taken has it taken, for the event alone, before it goes on: else no byte would reach its agent again.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -115,16 +116,6 @@ impl FirecrackerVm {
         }
     }
 
-    /// Memory that the guest holds on the host: what is resident of its mappings.
-    fn held_bytes(&self) -> u64 {
-        self.memory()
-            .and_then(|memory| memory.held_bytes())
-            .unwrap_or_else(|error| {
-                tracing::debug!("cannot look at the guest's memory: {error}");
-                0
-            })
-    }
-
     /// Takes the device state without the memory. Firecracker writes the state first, then opens
     /// the memory's file, which it cannot: so the guest stands still for the state alone, and
     /// nothing of its memory is copied twice. The guest's connections are over then.
@@ -178,6 +169,14 @@ impl FirecrackerVm {
             }
         }
     }
+}
+
+/// Memory that the guest holds on the host: what is resident of its mappings.
+fn held_bytes(memory: &GuestMemory) -> u64 {
+    memory.held_bytes().unwrap_or_else(|error| {
+        tracing::debug!("cannot look at the guest's memory: {error}");
+        0
+    })
 }
 
 #[async_trait]
@@ -252,8 +251,11 @@ impl Vmm for FirecrackerVm {
     }
 
     async fn drain(&self, ceiling: Duration, discarded: Option<DiscardedBytes<'_>>) -> DrainReport {
-        let held = || self.held_bytes();
-        let mut report = drain_balloon(&self.instance.api, ceiling, &held, discarded).await;
+        let (api, version) = (&self.instance.api, self.instance.version);
+        // One that has ended holds none, which the report says.
+        let memory = self.memory().ok();
+        let held = Arc::new(move || memory.as_ref().map_or(0, held_bytes));
+        let mut report = drain_balloon(api, version, ceiling, held, discarded).await;
         if let (DrainOutcome::Failed(why), Some(exit)) =
             (&mut report.outcome, self.instance.process.exited())
         {
