@@ -1,6 +1,6 @@
 //! `torpor doctor`: what this host offers, and the next step where something is missing.
 //!
-//! It looks and changes nothing: no directory is made, no guest started.
+//! It looks and leaves nothing changed: no guest is started. Whether cgroups can be made is tried.
 
 use std::fs;
 use std::path::{Path, PathBuf};
