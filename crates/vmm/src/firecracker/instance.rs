@@ -283,7 +283,10 @@ impl Instance {
         machine.check()?;
         config::check(machine)?;
         check_room(machine.memory_bytes)?;
-        let network_programs = machine.network.then(Programs::find).transpose()?;
+        let network_programs = machine.network.then(Programs::find).transpose();
+        let network_programs = network_programs.map_err(|no_network| VmmError::InvalidMachine {
+            what: no_network.to_string(),
+        })?;
         let start = Start::prepare(binary, &files(machine, boot), dir)?;
         let console_log = ConsoleLog::create(console_log)?;
         let (console, stdout) = StdUnixStream::pair().map_err(|source| VmmError::Host {
