@@ -10,11 +10,11 @@
 //! every connection that it has by then. The event has a queue of its own, and the guest may take in
 //! new connections from the other queue first: it ends those as well, without a word to the host.
 //! Firecracker holds new ones back until the event was acknowledged only from 1.16 on. So the carrier
-//! lets go before a state is taken, of a try as well as of a connection, connects when the vCPUs run again, and believes a connection only
-//! when the agent has greeted on it with one zero byte. What is
-//! to be said waits in the socket pair meanwhile. When the guest's side ends by itself, it is
-//! connected to again as well: bytes that were under way are lost then, and who misses an answer must
-//! open the channel anew.
+//! lets go before a state is taken, of a try as well as of a connection, connects when the vCPUs run
+//! again, and believes a connection only when the agent has greeted on it with one zero byte. What is to
+//! be said waits in the socket pair meanwhile. When the guest's side ends by itself, it is connected to
+//! again as well: bytes that were under way are lost then, and who misses an answer must open the
+//! channel anew.
 
 use std::future::Future;
 use std::io;
