@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 # `setup build` is an order: with -j, too. (cargo uses all cores by itself.)
 .NOTPARALLEL:
-.PHONY: setup setup-tests build build-guest demo test test-long test-firecracker bench bench-capture bench-pager lint clean help
+.PHONY: setup setup-tests build build-guest demo test test-long test-firecracker firecracker-given bench bench-capture bench-pager lint clean help
 
 TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 # Tests boot the same static agent as the programs do, not the one that `cargo test` links beside them.
@@ -34,8 +34,12 @@ test: setup-tests build-guest ## run every test, real guests included
 test-long: setup-tests build-guest ## the same with the models run for thousands of cases, and tests that take long
 	@PROPTEST_CASES=5000 cargo test --locked --workspace -- --include-ignored && cargo test --locked -p torpor-pager --lib --features shuttle interleavings
 
-test-firecracker: setup build-guest ## test against a real Firecracker: FIRECRACKER=/path/to/firecracker (without KVM: in the lab)
+test-firecracker: firecracker-given setup build-guest ## test against a real Firecracker: FIRECRACKER=/path/to/firecracker (without KVM: in the lab)
 	@scripts/test-firecracker "$(FIRECRACKER)"
+
+# Before anything is set up or built.
+firecracker-given:
+	@test -f "$(FIRECRACKER)" -a -x "$(FIRECRACKER)" || { echo 'make test-firecracker: no executable Firecracker at "$(FIRECRACKER)"; say make test-firecracker FIRECRACKER=/path/to/firecracker' >&2; exit 1; }
 
 bench: setup build ## measure, against the bars that the README names
 	@$(TARGET_DIR)/release/torpor-bench

@@ -152,7 +152,7 @@ fn jailer_of(binary: &FirecrackerBinary) -> Result<PathBuf, &'static str> {
         return Err("only root may lock a process up");
     }
     if !Jail::has_cgroups() {
-        return Err("no cgroup2 is mounted");
+        return Err("there is no cgroup2 in which groups can be made");
     }
     if !Jail::can_hold(&binary.path).unwrap_or(false) {
         return Err("it is linked dynamically, and a jail has no loader");

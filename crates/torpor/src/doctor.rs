@@ -1,6 +1,6 @@
 //! `torpor doctor`: what this host offers, and the next step where something is missing.
 //!
-//! It looks and changes nothing: no directory is made, no guest started.
+//! It looks and leaves nothing changed: no guest is started. Whether cgroups can be made is tried.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use torpor_pager::{Uffd, WriteTracking};
 use torpor_sandbox::assets::{self, AssetError, Assets, DEFAULT_KERNEL};
 use torpor_sandbox::vmm::{FirecrackerProgram, VmmBinary, VmmChoice, VmmOptions};
 use torpor_vmm::KvmSupport;
+use torpor_vmm::firecracker::{NoNetwork, check_network};
 use torpor_vmm::qemu::QemuBinary;
 
 use crate::cli::DoctorArgs;
@@ -103,6 +104,7 @@ fn checks(storage: &Path, options: &VmmOptions) -> Vec<Check> {
         ptrace(),
         qemu(options.qemu.as_deref()),
         firecracker(options),
+        network(check_network()),
         vmm(options),
         mke2fs(),
     ];
@@ -258,6 +260,20 @@ fn firecracker(options: &VmmOptions) -> Check {
             name,
             error.to_string(),
             "needed only with KVM, for speed: put it into PATH, or give --firecracker PATH",
+        )
+        .not_required(),
+    }
+}
+
+/// QEMU brings its own, Firecracker's is made of the host's.
+fn network(firecrackers: Result<(), NoNetwork>) -> Check {
+    let name = "network";
+    match firecrackers {
+        Ok(()) => Check::good(name, "guests on Firecracker and on QEMU can have one"),
+        Err(NoNetwork { missing, next_step }) => Check::bad(
+            name,
+            format!("guests on QEMU can have one, those on Firecracker only with {missing}"),
+            next_step,
         )
         .not_required(),
     }
@@ -473,6 +489,17 @@ mod tests {
             assert!(!check.ok && !check.required && check.next_step.is_some());
         }
         assert!(kvm(KvmSupport::Usable).ok);
+    }
+
+    #[test]
+    fn a_network_that_only_qemu_can_give_is_told_with_what_is_missing() {
+        assert!(network(Ok(())).ok);
+        let check = network(Err(NoNetwork {
+            missing: "slirp4netns".to_owned(),
+            next_step: "apt-get install slirp4netns".to_owned(),
+        }));
+        assert!(!check.ok && !check.required);
+        assert!(check.found.contains("slirp4netns"), "{}", check.found);
     }
 
     #[test]

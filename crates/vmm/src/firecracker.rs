@@ -42,4 +42,5 @@ pub use drain::{HeldBytes, drain_balloon};
 pub use handshake::Handshake;
 pub use incoming::{IncomingFirecracker, prepare_resume};
 pub use jail::Jail;
+pub use network::{NoNetwork, check_network};
 pub use vm::boot;

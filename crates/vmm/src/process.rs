@@ -133,22 +133,23 @@ impl Process {
     }
 
     /// Waits until it has ended; needs this no longer.
-    pub(crate) fn ended(&self) -> impl Future<Output = ()> + Send + 'static {
+    pub(crate) fn ended(&self) -> impl Future<Output = VmmExit> + Send + 'static {
         let mut exit = self.exit.clone();
-        async move { exit.wait_for(Option::is_some).await.map_or((), drop) }
+        async move {
+            let gone = exit.wait_for(Option::is_some).await;
+            // The sender is dropped without a value only if the warden itself died.
+            gone.ok()
+                .and_then(|exit| exit.clone())
+                .unwrap_or_else(|| VmmExit {
+                    code: None,
+                    signal: None,
+                    stderr_tail: "its warden thread died".into(),
+                })
+        }
     }
 
     pub(crate) async fn wait_exit(&self) -> VmmExit {
-        let mut exit = self.exit.clone();
-        let gone = exit.wait_for(Option::is_some).await;
-        // The sender is dropped without a value only if the warden itself died.
-        gone.ok()
-            .and_then(|exit| exit.clone())
-            .unwrap_or_else(|| VmmExit {
-                code: None,
-                signal: None,
-                stderr_tail: "its warden thread died".into(),
-            })
+        self.ended().await
     }
 
     /// The exit, if it comes within `patience`.

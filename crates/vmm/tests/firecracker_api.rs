@@ -9,6 +9,7 @@
 
 mod firecracker_peer;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use firecracker_peer::{Answer, Peer};
@@ -33,8 +34,11 @@ fn status(host_cmd: u32, guest_cmd: impl Into<Value>) -> Answer {
     )
 }
 
+/// One that hints.
+const NEW: Version = Version::new(1, 16, 0);
+
 async fn drain(peer: &Peer, ceiling: Duration) -> DrainOutcome {
-    drain_balloon(&peer.api(), ceiling, &|| 0, None)
+    drain_balloon(&peer.api(), NEW, ceiling, Arc::new(|| 0), None)
         .await
         .outcome
 }
@@ -210,6 +214,10 @@ async fn every_refusal_has_an_outcome_of_its_own_and_stops_nothing() {
             DrainOutcome::NotArmed,
         ),
         (
+            "Unrecognized PATCH request path `hinting`.",
+            DrainOutcome::Unsupported,
+        ),
+        (
             "Invalid request method and/or path: PATCH /balloon/hinting/start.",
             DrainOutcome::Unsupported,
         ),
@@ -219,6 +227,16 @@ async fn every_refusal_has_an_outcome_of_its_own_and_stops_nothing() {
         assert_eq!(drain(&peer, DEADLINE).await, expected, "{words}");
         assert_eq!(peer.paths(), [START], "{words}");
     }
+}
+
+#[tokio::test]
+async fn a_version_that_cannot_hint_is_asked_nothing_and_its_memory_is_told() {
+    let peer = Peer::script([]);
+    let old = Version::new(1, 13, 9);
+    let report = drain_balloon(&peer.api(), old, DEADLINE, Arc::new(|| 7), None).await;
+    assert_eq!(report.outcome, DrainOutcome::Unsupported);
+    assert_eq!((report.released_bytes, report.held_bytes), (0, 7));
+    assert!(peer.paths().is_empty());
 }
 
 #[tokio::test]
@@ -257,7 +275,8 @@ async fn what_came_back_is_measured_by_memory_held_and_by_discards() {
     let peer = Peer::script([Answer::Empty(204), status(1, 0)]);
     let (held, discarded) = (sequence([900, 500]), sequence([100, 350]));
     let count = || discarded();
-    let report = drain_balloon(&peer.api(), DEADLINE, &held, Some(&count)).await;
+    let held = Arc::new(held);
+    let report = drain_balloon(&peer.api(), NEW, DEADLINE, held, Some(&count)).await;
     assert_eq!(report.released_bytes, 400);
     assert_eq!(report.held_bytes, 500);
     assert_eq!(report.discarded_bytes, Some(250));

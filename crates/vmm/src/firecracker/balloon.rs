@@ -30,12 +30,17 @@ impl InstalledBalloon {
     /// be, `reporting` is a choice.
     #[must_use]
     pub fn plan(version: Version, reporting: bool) -> Self {
-        let known = version >= FREE_PAGES_SINCE;
+        let known = knows_free_pages(version);
         Self {
             reporting: reporting && known,
             hinting: known,
         }
     }
+}
+
+/// Whether this version's balloon can report and hint free pages.
+pub(super) fn knows_free_pages(version: Version) -> bool {
+    version >= FREE_PAGES_SINCE
 }
 
 /// Installs the balloon, to be called before the machine starts. Returns what it can do.
@@ -104,12 +109,14 @@ impl HintingRefusal {
     pub(super) fn of(error: &ApiError) -> Option<Self> {
         // Parts of the sentences of BalloonError, BalloonConfigError, VmmActionError and
         // RequestError (Firecracker 1.10 to 1.16).
-        const SENTENCES: [(&str, HintingRefusal); 6] = [
+        const SENTENCES: [(&str, HintingRefusal); 7] = [
             ("not supported before starting", HintingRefusal::NotStarted),
             ("not activated yet", HintingRefusal::DriverNotActive),
             ("evice not found", HintingRefusal::NoBalloon),
             ("No balloon device found", HintingRefusal::NoBalloon),
             ("hinting when not enabled", HintingRefusal::NotArmed),
+            // Up to 1.13, of what comes after `balloon/`.
+            ("Unrecognized PATCH request path", HintingRefusal::Unknown),
             ("request method and/or path", HintingRefusal::Unknown),
         ];
         let words = error.fault_message()?;
@@ -181,6 +188,10 @@ mod tests {
             (
                 "Attempting to use hinting when not enabled",
                 Some(HintingRefusal::NotArmed),
+            ),
+            (
+                "Unrecognized PATCH request path `hinting`.",
+                Some(HintingRefusal::Unknown),
             ),
             (
                 "Invalid request method and/or path: PATCH /balloon/hinting/start.",

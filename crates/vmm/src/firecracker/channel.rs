@@ -10,11 +10,11 @@
 //! every connection that it has by then. The event has a queue of its own, and the guest may take in
 //! new connections from the other queue first: it ends those as well, without a word to the host.
 //! Firecracker holds new ones back until the event was acknowledged only from 1.16 on. So the carrier
-//! lets go when a state is taken, connects when the vCPUs run again, and believes a connection only
-//! when the agent has greeted on it with one zero byte. What is
-//! to be said waits in the socket pair meanwhile. When the guest's side ends by itself, it is
-//! connected to again as well: bytes that were under way are lost then, and who misses an answer must
-//! open the channel anew.
+//! lets go before a state is taken, of a try as well as of a connection, connects when the vCPUs run
+//! again, and believes a connection only when the agent has greeted on it with one zero byte. What is to
+//! be said waits in the socket pair meanwhile. When the guest's side ends by itself, it is connected to
+//! again as well: bytes that were under way are lost then, and who misses an answer must open the
+//! channel anew.
 
 use std::future::Future;
 use std::io;
@@ -31,10 +31,14 @@ use crate::firecracker::config::AGENT_VSOCK_PORT;
 
 /// How often the guest is tried: its agent comes up once, and a resumed guest's is there at once.
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
-/// How long one try may take. A guest whose vCPUs stand still answers nothing.
+/// How long a guest may take to answer one try. One whose vCPUs stand still answers nothing.
 const TRY_DEADLINE: Duration = Duration::from_secs(5);
-/// How long the agent may take to greet. One that does not has lost the connection.
-const GREETING_DEADLINE: Duration = Duration::from_secs(1);
+/// How long the agent may take to greet at first. One that does not has lost the connection, …
+const GREETING_PATIENCE_FIRST: Duration = Duration::from_secs(1);
+/// … or is slow: it gets twice as long each time, up to this.
+const GREETING_PATIENCE_MAX: Duration = Duration::from_secs(16);
+/// How long the carrier may take to let go: it waits for nothing, but for its turn on a busy host.
+const LET_GO_DEADLINE: Duration = Duration::from_secs(1);
 /// What it says: an empty packet to those who read packets.
 const GREETING: u8 = 0;
 /// `OK 4294967295\n` is the longest answer.
@@ -45,6 +49,8 @@ const ANSWER_BYTES_MAX: usize = 32;
 pub(super) struct Carrier {
     task: JoinHandle<()>,
     reachable: watch::Sender<bool>,
+    /// Whether it has, or tries for, a connection.
+    busy: watch::Receiver<bool>,
 }
 
 impl Drop for Carrier {
@@ -54,9 +60,25 @@ impl Drop for Carrier {
 }
 
 impl Carrier {
-    /// Says whether the guest can be connected to; what is connected is let go when it cannot.
-    pub(super) fn set_reachable(&self, reachable: bool) {
-        self.reachable.send_replace(reachable);
+    /// The guest can be connected to.
+    pub(super) fn reach(&self) {
+        self.reachable.send_replace(true);
+    }
+
+    /// It cannot any more. When what this returns is over, the connection is closed, and none is tried
+    /// for: even if [`Carrier::reach`] follows at once.
+    pub(super) fn let_go(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.reachable.send_replace(false);
+        let mut busy = self.busy.clone();
+        async move {
+            let idle = timeout(LET_GO_DEADLINE, busy.wait_for(|busy| !busy));
+            // A carrier that has ended has let go as well.
+            if idle.await.is_err() {
+                tracing::warn!(
+                    "the agent's channel was not let go in time: it may hang for a while"
+                );
+            }
+        }
     }
 }
 
@@ -68,8 +90,14 @@ pub(super) fn open(
 ) -> io::Result<(UnixStream, Carrier)> {
     let (ours, theirs) = UnixStream::pair()?;
     let (reachable, watched) = watch::channel(reachable);
-    let task = tokio::spawn(carry(theirs, vsock, watched, ended));
-    Ok((ours, Carrier { task, reachable }))
+    let (says_busy, busy) = watch::channel(false);
+    let task = tokio::spawn(carry(theirs, vsock, watched, says_busy, ended));
+    let carrier = Carrier {
+        task,
+        reachable,
+        busy,
+    };
+    Ok((ours, carrier))
 }
 
 /// Until our end is closed, or the carrier dropped.
@@ -77,11 +105,13 @@ async fn carry(
     mut theirs: UnixStream,
     vsock: PathBuf,
     mut reachable: watch::Receiver<bool>,
+    busy: watch::Sender<bool>,
     ended: impl Future<Output = ()>,
 ) {
     let (mut from_us, mut to_us) = theirs.split();
     tokio::pin!(ended);
     loop {
+        busy.send_replace(false);
         // Later its end shows by the connection, after all that it said.
         let go_on = tokio::select! {
             reachable = reachable.wait_for(|reachable| *reachable) => reachable.is_ok(),
@@ -90,7 +120,14 @@ async fn carry(
         if !go_on {
             return;
         }
-        let Some(mut guest) = connect(&vsock).await else {
+        busy.send_replace(true);
+        let connected = tokio::select! {
+            // Looked at before the first try: whoever said it in between has seen us idle.
+            biased;
+            _ = reachable.wait_for(|reachable| !*reachable) => continue,
+            connected = connect(&vsock) => connected,
+        };
+        let Some(mut guest) = connected else {
             return;
         };
         let (mut from_guest, mut to_guest) = guest.split();
@@ -109,13 +146,23 @@ async fn carry(
 /// Until it works: whoever waits for the agent has a deadline, and ends this task. `None`: the socket
 /// is there and nobody behind it, so Firecracker has ended.
 async fn connect(vsock: &Path) -> Option<UnixStream> {
+    let mut patience = GREETING_PATIENCE_FIRST;
     loop {
         match timeout(TRY_DEADLINE, try_connect(vsock)).await {
-            Ok(Ok(stream)) => return Some(stream),
+            Ok(Ok(mut stream)) => match timeout(patience, be_greeted(&mut stream)).await {
+                Ok(Ok(())) => return Some(stream),
+                Ok(Err(_)) => {}
+                Err(_) => patience = longer(patience),
+            },
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => return None,
-            Ok(Err(_)) | Err(_) => sleep(RETRY_INTERVAL).await,
+            Ok(Err(_)) | Err(_) => {}
         }
+        sleep(RETRY_INTERVAL).await;
     }
+}
+
+fn longer(patience: Duration) -> Duration {
+    (patience * 2).min(GREETING_PATIENCE_MAX)
 }
 
 async fn try_connect(vsock: &Path) -> io::Result<UnixStream> {
@@ -130,14 +177,17 @@ async fn try_connect(vsock: &Path) -> io::Result<UnixStream> {
         }
         answer.push(stream.read_u8().await?);
     }
-    if !answer.starts_with(b"OK ") {
-        return Err(io::Error::other("refused by the guest"));
+    if answer.starts_with(b"OK ") {
+        Ok(stream)
+    } else {
+        Err(io::Error::other("refused by the guest"))
     }
-    match timeout(GREETING_DEADLINE, stream.read_u8()).await {
-        Ok(Ok(GREETING)) => Ok(stream),
-        Ok(Ok(_)) => Err(io::Error::other("something else listens in the guest")),
-        Ok(Err(error)) => Err(error),
-        Err(_) => Err(io::ErrorKind::TimedOut.into()),
+}
+
+async fn be_greeted(stream: &mut UnixStream) -> io::Result<()> {
+    match stream.read_u8().await? {
+        GREETING => Ok(()),
+        _ => Err(io::Error::other("something else listens in the guest")),
     }
 }
 
@@ -171,12 +221,12 @@ mod tests {
             assert_eq!(&heard, b"hello\n");
 
             // A snapshot: what is said now is for the next connection.
-            carrier.set_reachable(false);
+            carrier.let_go().await;
             line.clear();
             assert_eq!(stream.read_line(&mut line).await.unwrap(), 0);
         }
         ours.write_all(b"said meanwhile\n").await.unwrap();
-        carrier.set_reachable(true);
+        carrier.reach();
         // One that dies without a word is not believed.
         let mut silent = accept(&listener).await;
         silent.write_all(b"OK 1073741824\n").await.unwrap();
@@ -189,6 +239,41 @@ mod tests {
         drop(ours);
         line.clear();
         assert_eq!(stream.read_line(&mut line).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_try_that_a_snapshot_meets_is_let_go_and_begun_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (mut ours, carrier) = open(path, true, pending()).unwrap();
+        for answer in ["", "OK 1073741824\n"] {
+            // Not answered, or not greeted on, when the state is taken.
+            let mut tried = accept(&listener).await;
+            tried.write_all(answer.as_bytes()).await.unwrap();
+            carrier.let_go().await;
+            // However soon the guest goes on.
+            carrier.reach();
+            // Closed; by a reset where it had not read all.
+            let read = tried.read_line(&mut String::new()).await;
+            assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
+        }
+        let mut stream = accept(&listener).await;
+        stream.write_all(b"OK 1073741825\n\0hello\n").await.unwrap();
+        let mut heard = [0; 6];
+        ours.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"hello\n");
+    }
+
+    #[test]
+    fn an_agent_that_is_slow_to_greet_gets_more_time_up_to_a_bound() {
+        let mut patience = GREETING_PATIENCE_FIRST;
+        let mut seconds = Vec::new();
+        for _ in 0..6 {
+            seconds.push(patience.as_secs());
+            patience = longer(patience);
+        }
+        assert_eq!(seconds, [1, 2, 4, 8, 16, 16]);
     }
 
     #[tokio::test]

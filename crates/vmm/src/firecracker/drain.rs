@@ -19,15 +19,21 @@
 //! caller's count of discarded pages where it has one; never by Firecracker's own counter, which
 //! counts pages that were absent already.
 //!
-//! Works the same for booted and resumed machines: what the balloon can do is asked of the VMM.
+//! Works the same for booted and resumed machines: what the balloon can do is asked of the VMM, unless
+//! its version is known not to hint.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::firecracker::api::{Api, ApiError};
-use crate::firecracker::balloon::{HOST_CMD_DONE, HOST_CMD_STOP, HintingRefusal, HintingStatus};
+use crate::firecracker::balloon::{
+    HOST_CMD_DONE, HOST_CMD_STOP, HintingRefusal, HintingStatus, knows_free_pages,
+};
+use crate::firecracker::binary::Version;
 use crate::vmm::{DiscardedBytes, DrainOutcome, DrainReport};
 
 /// The first wait between two looks: a small guest is through in some milliseconds.
@@ -37,26 +43,41 @@ const POLL_MAX: Duration = Duration::from_millis(50);
 /// How long stopping a run may take. It is answered at once unless Firecracker hangs in a discard.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
 
-/// Tells how much memory the guest holds on the host, in bytes. May read /proc.
-pub type HeldBytes<'a> = &'a (dyn Fn() -> u64 + Send + Sync);
+/// Tells how much memory the guest holds on the host, in bytes. May block: a large guest's page map is
+/// read for it.
+pub type HeldBytes = Arc<dyn Fn() -> u64 + Send + Sync>;
+
+/// Asks it where blocking is no harm.
+async fn ask(held: &HeldBytes) -> u64 {
+    let held = Arc::clone(held);
+    spawn_blocking(move || held())
+        .await
+        .unwrap_or_else(|error| {
+            tracing::warn!("cannot tell how much memory the guest holds: {error}");
+            0
+        })
+}
 
 /// Drains for at most `ceiling`, and the two seconds that stopping an unfinished run may take.
 /// Never fatal. After a future that is dropped half way a run goes on until the next start or stop.
 pub async fn drain_balloon(
     api: &Api,
+    version: Version,
     ceiling: Duration,
-    held: HeldBytes<'_>,
+    held: HeldBytes,
     discarded: Option<DiscardedBytes<'_>>,
 ) -> DrainReport {
     let started = Instant::now();
-    let held_before = held();
+    let held_before = ask(&held).await;
     let discarded_before = discarded.map(|count| count());
     let outcome = if ceiling.is_zero() {
         DrainOutcome::Skipped
+    } else if !knows_free_pages(version) {
+        DrainOutcome::Unsupported
     } else {
         run(api, started + ceiling).await
     };
-    let held_bytes = held();
+    let held_bytes = ask(&held).await;
     // A guest that holds nothing is gone, and has given nothing back.
     let fallen = match held_bytes {
         0 => 0,

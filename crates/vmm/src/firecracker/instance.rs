@@ -16,7 +16,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, fchown, lchown, symlink};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{FileType, Mode, OFlags, fstat, openat};
@@ -283,7 +283,10 @@ impl Instance {
         machine.check()?;
         config::check(machine)?;
         check_room(machine.memory_bytes)?;
-        let network_programs = machine.network.then(Programs::find).transpose()?;
+        let network_programs = machine.network.then(Programs::find).transpose();
+        let network_programs = network_programs.map_err(|no_network| VmmError::InvalidMachine {
+            what: no_network.to_string(),
+        })?;
         let start = Start::prepare(binary, &files(machine, boot), dir)?;
         let console_log = ConsoleLog::create(console_log)?;
         let (console, stdout) = StdUnixStream::pair().map_err(|source| VmmError::Host {
@@ -364,17 +367,28 @@ impl Instance {
             source,
         })?;
         *self.agent.lock().unwrap_or_else(PoisonError::into_inner) = Some(agent);
-        *self.carrier.lock().unwrap_or_else(PoisonError::into_inner) = Some(carrier);
+        *self.carrier() = Some(carrier);
         Ok(())
     }
 
-    /// Whether the agent can be connected to: not from the moment a state is taken, which ends the
-    /// guest's connections, until the vCPUs run again.
-    pub(super) fn set_agent_reachable(&self, reachable: bool) {
-        let carrier = self.carrier.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(carrier) = &*carrier {
-            carrier.set_reachable(reachable);
+    /// The vCPUs run: the agent can be connected to.
+    pub(super) fn reach_agent(&self) {
+        if let Some(carrier) = &*self.carrier() {
+            carrier.reach();
         }
+    }
+
+    /// To be called before a state is taken, which ends the guest's connections: ours are closed when
+    /// this returns.
+    pub(super) async fn let_agent_go(&self) {
+        let let_go = self.carrier().as_ref().map(Carrier::let_go);
+        if let Some(let_go) = let_go {
+            let_go.await;
+        }
+    }
+
+    fn carrier(&self) -> MutexGuard<'_, Option<Carrier>> {
+        self.carrier.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn take_agent_channel(&self) -> Option<UnixStream> {

@@ -45,6 +45,9 @@ const MACHINE_ID: &str = "vm";
 /// Under this name stand the cgroups of all jails.
 const CGROUP_PARENT: &str = "torpor";
 
+/// The next step for who cannot have one.
+const WITHOUT_JAIL: &str = "--no-jailer runs Firecracker without a jail";
+
 /// The first bytes of an ELF file of 64 bits, little endian.
 const ELF64_LITTLE_ENDIAN: &[u8] = b"\x7fELF\x02\x01";
 /// How much of a program is looked at. Its program headers come right after the file's own.
@@ -92,10 +95,12 @@ impl Jail {
         Ok(names_no_loader(&head))
     }
 
-    /// Whether this host has the cgroups that a jail needs (version 2).
+    /// Whether this host has the cgroups that a jail needs (version 2), and one can be made, which is
+    /// tried: in a container they are often mounted, and cannot be written to.
     #[must_use]
     pub fn has_cgroups() -> bool {
-        fs::read_to_string(MOUNTS).is_ok_and(|mounts| cgroup2_of(&mounts).is_some())
+        let mounts = fs::read_to_string(MOUNTS).unwrap_or_default();
+        cgroup2_of(&mounts).is_some_and(|hierarchy| can_make_dirs_in(&hierarchy))
     }
 }
 
@@ -210,11 +215,26 @@ fn make_log(path: &Path, jail: &Jail) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((ours.into(), theirs.into()))
 }
 
-/// A cgroup of its own, and its name below the hierarchy's root.
-fn make_cgroup() -> Result<(PathBuf, Cgroup)> {
+/// A name that we have given to nothing else.
+fn new_name() -> String {
     static MADE: AtomicU64 = AtomicU64::new(0);
     let number = MADE.fetch_add(1, Ordering::Relaxed);
-    let name = Path::new(CGROUP_PARENT).join(format!("{}-{number}", std::process::id()));
+    format!("{}-{number}", std::process::id())
+}
+
+/// Makes a directory and removes it.
+fn can_make_dirs_in(dir: &Path) -> bool {
+    let tried = dir.join(format!("{CGROUP_PARENT}-{}", new_name()));
+    let made = fs::create_dir(&tried).and_then(|()| fs::remove_dir(&tried));
+    if let Err(error) = &made {
+        tracing::debug!("cannot make {}: {error}", tried.display());
+    }
+    made.is_ok()
+}
+
+/// A cgroup of its own, and its name below the hierarchy's root.
+fn make_cgroup() -> Result<(PathBuf, Cgroup)> {
+    let name = Path::new(CGROUP_PARENT).join(new_name());
     let mounts = fs::read_to_string(MOUNTS).map_err(|source| VmmError::Host {
         what: "look for the cgroups",
         source,
@@ -222,11 +242,17 @@ fn make_cgroup() -> Result<(PathBuf, Cgroup)> {
     let Some(hierarchy) = cgroup2_of(&mounts) else {
         return Err(VmmError::Host {
             what: "make a cgroup for the jail",
-            source: io::Error::new(io::ErrorKind::NotFound, "no cgroup2 is mounted"),
+            source: io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("no cgroup2 is mounted; {WITHOUT_JAIL}"),
+            ),
         });
     };
     let path = hierarchy.join(&name);
-    let cgroup = Cgroup::create(path.clone()).map_err(|e| file_error("jail's cgroup", &path, e))?;
+    let cgroup = Cgroup::create(path.clone()).map_err(|error| {
+        let told = io::Error::new(error.kind(), format!("{error}; {WITHOUT_JAIL}"));
+        file_error("jail's cgroup", &path, told)
+    })?;
     Ok((name, cgroup))
 }
 
@@ -279,6 +305,15 @@ mod tests {
             Some(Path::new("/sys/fs/cgroup/unified"))
         );
         assert_eq!(cgroup2_of("proc /proc proc rw 0 0\n"), None);
+    }
+
+    #[test]
+    fn a_hierarchy_that_cannot_be_written_to_is_found_out_and_nothing_is_left_of_the_try() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(can_make_dirs_in(dir.path()));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        // Not even root makes directories there.
+        assert!(!can_make_dirs_in(Path::new("/proc/self")));
     }
 
     #[test]

@@ -6,6 +6,9 @@
 //! does: Firecracker puts the kernel's command line at a fixed guest address, in the first MiB, which
 //! Linux reserves and leaves as it is. The command line is ours, and is looked for right after the
 //! start. What is not certain is an error: reading the wrong memory would make a build of rubbish.
+//!
+//! A guest with memory above 4 GiB has two regions, mapped one after the other. The kernel maps from the
+//! top down, so it usually joins them, the later one in front of the first.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -15,9 +18,11 @@ use crate::memory::{MemoryMapping, RamSegment};
 
 /// Where Firecracker puts the command line (`CMDLINE_START`, arch/x86_64/layout.rs).
 const COMMAND_LINE_ADDR: u64 = 0x2_0000;
-/// How much foreign memory a joined mapping may hold: so many places are looked at.
+/// How much foreign memory a joined mapping may hold, beside the guest's own: so many places are
+/// looked at.
 const FOREIGN_BYTES_MAX: u64 = 256 << 20;
-const PAGE_BYTES: u64 = 4096;
+/// Mappings begin at whole pages.
+const PAGE_BYTES: usize = 4096;
 
 /// Finds the regions (the first begins at guest address 0) by what the kernel was given to read.
 pub(super) fn locate(
@@ -32,9 +37,10 @@ pub(super) fn locate(
     let mem = File::open(&path).map_err(|e| odd(format!("{path}: {e}")))?;
     let candidates = private_without_reserve(&text);
     let mut mappings: Vec<MemoryMapping> = Vec::with_capacity(regions.len());
+    let later_len = regions.iter().skip(1).map(|region| region.len_bytes).sum();
     for region in regions {
         let places = match mappings.last() {
-            None => places_of_first(&candidates, region.len_bytes, |host_addr| {
+            None => places_of_first(&candidates, region.len_bytes, later_len, |host_addr| {
                 holds(&mem, host_addr + COMMAND_LINE_ADDR, command_line)
             }),
             Some(first) => places_of_next(&candidates, region.len_bytes, first),
@@ -54,19 +60,30 @@ pub(super) fn locate(
     Ok(mappings)
 }
 
-/// Where `len` bytes fit in and are found to be the first region.
+/// Where `len` bytes fit in and are found to be the first region, alone or behind the later ones.
 fn places_of_first(
     candidates: &[(u64, u64)],
     len: u64,
+    later_len: u64,
     is_first: impl Fn(u64) -> bool,
 ) -> Vec<u64> {
     candidates
         .iter()
-        .filter_map(|(start, candidate)| Some((*start, candidate.checked_sub(len)?)))
-        .filter(|(_, slack)| *slack <= FOREIGN_BYTES_MAX)
-        .flat_map(|(start, slack)| {
-            (0..=slack / PAGE_BYTES).map(move |page| start + page * PAGE_BYTES)
+        .filter_map(|(start, candidate)| {
+            let slack = candidate.checked_sub(len)?;
+            let first_place = if slack <= FOREIGN_BYTES_MAX {
+                0
+            } else {
+                let foreign = slack.checked_sub(later_len)?;
+                (foreign <= FOREIGN_BYTES_MAX).then_some(later_len)?
+            };
+            Some(
+                (first_place..=slack)
+                    .step_by(PAGE_BYTES)
+                    .map(move |at| start + at),
+            )
         })
+        .flatten()
         .filter(|host_addr| is_first(*host_addr))
         .collect()
 }
@@ -163,9 +180,38 @@ VmFlags: rd wr mr mw me ac nr
         };
         let candidates = [(start, map.len() as u64), (start, LEN / 2)];
         assert_eq!(
-            places_of_first(&candidates, LEN, is_first),
+            places_of_first(&candidates, LEN, 0, is_first),
             [start + 0x3000]
         );
+    }
+
+    #[test]
+    fn two_regions_that_were_joined_are_both_found() {
+        const FIRST_LEN: u64 = 1 << 20;
+        const LATER_LEN: u64 = FOREIGN_BYTES_MAX + (64 << 20);
+        let text = "console=ttyS0 torpor.test=joined";
+        for foreign_behind in [0, 0x2_1000] {
+            let len = LATER_LEN + FIRST_LEN + foreign_behind;
+            let mut map = memmap2::MmapOptions::new()
+                .len(usize::try_from(len).unwrap())
+                .no_reserve_swap()
+                .map_anon()
+                .unwrap();
+            let at = usize::try_from(LATER_LEN + COMMAND_LINE_ADDR).unwrap();
+            map[at..at + text.len()].copy_from_slice(text.as_bytes());
+            let start = map.as_ptr().addr() as u64;
+            let mem = File::open("/proc/self/mem").unwrap();
+            let is_first = |host_addr| holds(&mem, host_addr + COMMAND_LINE_ADDR, text);
+            let candidates = [(start, len)];
+            let places = places_of_first(&candidates, FIRST_LEN, LATER_LEN, is_first);
+            assert_eq!(places, [start + LATER_LEN]);
+            let first = MemoryMapping {
+                host_addr: places[0],
+                len_bytes: FIRST_LEN,
+                guest_offset_bytes: 0,
+            };
+            assert_eq!(places_of_next(&candidates, LATER_LEN, &first), [start]);
+        }
     }
 
     #[test]

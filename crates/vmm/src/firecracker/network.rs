@@ -10,22 +10,24 @@
 //! names its tap, so that any number of machines can be resumed from one without telling each of
 //! another. Unlike QEMU's, it does not lead to the host's loopback.
 //!
+//! The devices have no addresses and say nothing by themselves: what reaches the guest is for the guest.
+//!
 //! Nothing of it has a name on the host or outlives a process: the namespace ends with Firecracker,
 //! slirp4netns with the thread of ours that started it. Root is needed.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use command_fds::{CommandFdExt, FdMapping};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::error::{Result, VmmError};
@@ -46,11 +48,45 @@ const NAMESPACE_FD: i32 = 3;
 const NAMESPACE_PATH: &str = "/proc/self/fd/3";
 /// … and that of the pipe by which slirp4netns says that it is ready.
 const READY_FD: i32 = 4;
+/// The number that the pipe with the devices has in `ip`, …
+const SCRIPT_FD: i32 = 4;
+/// … as a path.
+const SCRIPT_PATH: &str = "/proc/self/fd/4";
+/// What taps are made by.
+const TUN: &str = "/dev/net/tun";
+/// Is there where the host's kernel speaks IPv6.
+const IPV6_ADDRESSES: &str = "/proc/self/net/if_inet6";
 
 /// The network of one machine; gone when dropped.
 #[derive(Debug)]
 pub(super) struct Network {
+    /// Tells when slirp4netns ends by itself.
+    watch: JoinHandle<()>,
     _slirp: Process,
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.watch.abort();
+    }
+}
+
+/// Why a guest of Firecracker can have no network on this host.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a network on Firecracker needs {missing}: {next_step}")]
+pub struct NoNetwork {
+    /// What is not there.
+    pub missing: String,
+    /// What to do.
+    pub next_step: String,
+}
+
+/// Looks whether a guest of Firecracker can have a network on this host.
+///
+/// # Errors
+/// What is missing first.
+pub fn check_network() -> std::result::Result<(), NoNetwork> {
+    Programs::find().map(drop)
 }
 
 impl Network {
@@ -68,20 +104,20 @@ impl Network {
         };
         let namespace = namespace_of(process).map_err(failed)?;
         let for_slirp = namespace.try_clone().map_err(failed)?;
-        let slirp = start_slirp(programs.slirp, for_slirp, dir).await?;
-        let made = tokio::task::spawn_blocking(move || {
-            make_devices(&programs.nsenter, &programs.ip, namespace, owner)
+        let slirp = start_slirp(programs.slirp.clone(), for_slirp, dir).await?;
+        make_devices(&programs, namespace, owner, dir, DEADLINE).await?;
+        let (ended, machine) = (slirp.ended(), dir.to_owned());
+        let watch = tokio::spawn(async move {
+            let exit = ended.await;
+            tracing::warn!(
+                machine = %machine.display(),
+                "the guest is cut off from its network: slirp4netns {exit}"
+            );
         });
-        let made = match timeout(DEADLINE, made).await {
-            Ok(Ok(made)) => made,
-            Ok(Err(panicked)) => Err(io::Error::other(panicked)),
-            Err(_) => Err(io::ErrorKind::TimedOut.into()),
-        };
-        made.map_err(|source| VmmError::Host {
-            what: "make the guest's network devices",
-            source,
-        })?;
-        Ok(Self { _slirp: slirp })
+        Ok(Self {
+            watch,
+            _slirp: slirp,
+        })
     }
 }
 
@@ -95,26 +131,26 @@ pub(super) struct Programs {
 
 impl Programs {
     /// Before anything is started.
-    ///
-    /// # Errors
-    /// What is missing, with the next step.
-    pub(super) fn find() -> Result<Self> {
+    pub(super) fn find() -> std::result::Result<Self, NoNetwork> {
+        let missing = |missing: &str, next_step: &str| NoNetwork {
+            missing: missing.to_owned(),
+            next_step: next_step.to_owned(),
+        };
         if !rustix::process::geteuid().is_root() {
-            return Err(VmmError::InvalidMachine {
-                what: "a network on Firecracker is made by root: run torpor as root, or leave the \
-                       network out"
-                    .to_owned(),
-            });
+            let next_step = "run torpor as root, or the guest on QEMU, which needs no root for \
+                             its network (--vmm qemu), or leave the network out";
+            return Err(missing("root", next_step));
+        }
+        if !Path::new(TUN).exists() {
+            return Err(missing(
+                TUN,
+                "modprobe tun; in a container allow the device",
+            ));
         }
         let find = |name: &str, package: &str| {
             let mut places = SEARCHED.iter().map(|dir| Path::new(dir).join(name));
-            places
-                .find(|path| path.is_file())
-                .ok_or_else(|| VmmError::InvalidMachine {
-                    what: format!(
-                        "a network on Firecracker needs {name}; install it: apt-get install {package}"
-                    ),
-                })
+            let found = places.find(|path| path.is_file());
+            found.ok_or_else(|| missing(name, &format!("apt-get install {package}")))
         };
         Ok(Self {
             slirp: find("slirp4netns", "slirp4netns")?,
@@ -180,47 +216,65 @@ async fn start_slirp(program: PathBuf, namespace: OwnedFd, dir: &Path) -> Result
     })
 }
 
-/// Makes the guest's tap and joins it with the uplink.
-fn make_devices(
-    nsenter: &Path,
-    ip: &Path,
+/// Makes the guest's tap and joins it with the uplink. What is not done in time is killed.
+async fn make_devices(
+    programs: &Programs,
     namespace: OwnedFd,
     owner: Option<u32>,
-) -> io::Result<()> {
-    let mut command = Command::new(nsenter);
-    command
-        .arg(format!("--net={NAMESPACE_PATH}"))
-        .arg(ip)
-        .args(["-batch", "-"])
-        .env_clear()
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    let mapping = FdMapping {
-        parent_fd: namespace,
-        child_fd: NAMESPACE_FD,
+    dir: &Path,
+    deadline: Duration,
+) -> Result<()> {
+    let failed = |source| VmmError::Host {
+        what: "make the guest's network devices",
+        source,
     };
-    command
-        .fd_mappings(vec![mapping])
-        .map_err(io::Error::other)?;
-    let mut child = command.spawn()?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(devices(owner).as_bytes())?;
+    let (script, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
+    // A few hundred bytes: the pipe holds them all, and ends after them.
+    let text = devices(owner, Path::new(IPV6_ADDRESSES).exists());
+    File::from(writer)
+        .write_all(text.as_bytes())
+        .map_err(failed)?;
+    let args: [OsString; 4] = [
+        format!("--net={NAMESPACE_PATH}").into(),
+        programs.ip.clone().into(),
+        "-batch".into(),
+        SCRIPT_PATH.into(),
+    ];
+    let ip = Process::spawn(Spawn {
+        program: programs.nsenter.clone(),
+        args: args.to_vec(),
+        dir: dir.to_owned(),
+        fds: vec![(NAMESPACE_FD, namespace), (SCRIPT_FD, script)],
+        stdout: None,
+        console: None,
+        confinement: None,
+        own_network: false,
+    })
+    .await?;
+    match ip.wait_exit_for(deadline).await {
+        Some(exit) if exit.code == Some(0) => Ok(()),
+        Some(exit) => Err(failed(io::Error::other(format!("ip {exit}")))),
+        None => {
+            ip.kill().await?;
+            Err(failed(io::ErrorKind::TimedOut.into()))
+        }
     }
-    let output = child.wait_with_output()?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(io::Error::other(format!("ip {}: {said}", output.status)))
 }
 
 /// What `ip -batch` is told.
-fn devices(owner: Option<u32>) -> String {
+fn devices(owner: Option<u32>, has_ipv6: bool) -> String {
     let user = owner.map_or_else(String::new, |uid| format!(" user {uid}"));
+    // Without addresses, and without a bridge that joins groups, they are silent.
+    let silent = [CARD, UPLINK, BRIDGE]
+        .iter()
+        .filter(|_| has_ipv6)
+        .fold(String::new(), |lines, device| {
+            lines + &format!("link set dev {device} addrgenmode none\n")
+        });
     format!(
         "tuntap add dev {CARD} mode tap{user}\n\
-         link add {BRIDGE} type bridge\n\
+         link add {BRIDGE} type bridge mcast_snooping 0\n\
+         {silent}\
          link set {UPLINK} master {BRIDGE}\n\
          link set {CARD} master {BRIDGE}\n\
          link set {UPLINK} up\n\
@@ -231,11 +285,136 @@ fn devices(owner: Option<u32>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
+
+    use rustix::process::{Pid, test_kill_process};
+
     use super::*;
+
+    /// What a network is made with here, or why there is none.
+    fn programs() -> Option<Programs> {
+        Programs::find()
+            .map_err(|no_network| println!("not run: {no_network}"))
+            .ok()
+    }
+
+    /// A process that a network can be made around.
+    async fn idle(dir: &Path) -> Process {
+        let idle = Process::spawn(Spawn {
+            program: "/bin/sleep".into(),
+            args: vec!["600".into()],
+            dir: dir.to_owned(),
+            fds: Vec::new(),
+            stdout: None,
+            console: None,
+            confinement: None,
+            own_network: true,
+        });
+        idle.await.unwrap()
+    }
+
+    /// What `ip` says in its namespace.
+    fn ip(programs: &Programs, process: &Process, words: &[&str]) -> String {
+        let said = Command::new(&programs.nsenter)
+            .arg(format!("--net=/proc/{}/ns/net", process.pid()))
+            .arg(&programs.ip)
+            .args(words)
+            .output()
+            .unwrap();
+        assert!(said.status.success(), "{said:?}");
+        String::from_utf8(said.stdout).unwrap()
+    }
+
+    fn is_there(pid: u32) -> bool {
+        let pid = Pid::from_raw(pid.try_into().unwrap()).unwrap();
+        test_kill_process(pid).is_ok()
+    }
 
     #[test]
     fn only_the_jails_user_may_open_the_card() {
-        assert!(devices(Some(1234)).starts_with("tuntap add dev card mode tap user 1234\n"));
-        assert!(devices(None).starts_with("tuntap add dev card mode tap\n"));
+        assert!(devices(Some(1234), true).starts_with("tuntap add dev card mode tap user 1234\n"));
+        assert!(devices(None, true).starts_with("tuntap add dev card mode tap\n"));
+    }
+
+    #[test]
+    fn a_kernel_without_ipv6_is_not_asked_about_its_addresses() {
+        assert!(!devices(None, false).contains("addrgenmode"));
+        assert_eq!(devices(None, true).matches("addrgenmode none").count(), 3);
+    }
+
+    #[tokio::test]
+    async fn a_card_is_up_and_nothing_beside_it_has_an_address_or_says_anything() {
+        let Some(programs) = programs() else { return };
+        let dir = tempfile::tempdir().unwrap();
+        let process = idle(dir.path()).await;
+        let again = Programs::find().unwrap();
+        let network = Network::around(&process, again, None, dir.path()).await;
+        let network = network.unwrap();
+        let links = ip(&programs, &process, &["-o", "link", "show", "up"]);
+        for device in [CARD, UPLINK, BRIDGE] {
+            assert!(links.contains(&format!(" {device}: ")), "{links}");
+        }
+        let addresses = ip(&programs, &process, &["-o", "addr"]);
+        assert_eq!(addresses, "");
+        // What the bridge, or an address that is tried, would send comes within a second.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        for device in [UPLINK, BRIDGE] {
+            let counted = ip(&programs, &process, &["-s", "-j", "link", "show", device]);
+            let counted: serde_json::Value = serde_json::from_str(&counted).unwrap();
+            assert_eq!(counted[0]["stats64"]["tx"]["packets"], 0, "{counted}");
+        }
+        let slirp = network._slirp.ended();
+        drop(network);
+        assert_eq!(slirp.await.signal, Some(9));
+    }
+
+    #[tokio::test]
+    async fn a_slirp4netns_that_dies_is_noticed() {
+        let Some(programs) = programs() else { return };
+        let dir = tempfile::tempdir().unwrap();
+        let process = idle(dir.path()).await;
+        let network = Network::around(&process, programs, None, dir.path()).await;
+        let mut network = network.unwrap();
+        assert!(!network.watch.is_finished());
+        network._slirp.kill().await.unwrap();
+        (&mut network.watch).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn devices_that_cannot_be_made_are_an_error_with_ips_own_words() {
+        let Some(programs) = programs() else { return };
+        let dir = tempfile::tempdir().unwrap();
+        let process = idle(dir.path()).await;
+        // Without an uplink.
+        let namespace = namespace_of(&process).unwrap();
+        let error = make_devices(&programs, namespace, None, dir.path(), DEADLINE).await;
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(UPLINK), "{error}");
+    }
+
+    #[tokio::test]
+    async fn an_ip_that_hangs_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (nsenter, pid_file) = (dir.path().join("nsenter"), dir.path().join("pid"));
+        fs::write(&nsenter, "#!/bin/sh\necho $$ >pid\nexec /bin/sleep 600\n").unwrap();
+        fs::set_permissions(&nsenter, fs::Permissions::from_mode(0o755)).unwrap();
+        let hangs = Programs {
+            slirp: PathBuf::new(),
+            nsenter,
+            ip: PathBuf::new(),
+        };
+        let namespace = File::open("/proc/self/ns/net").unwrap().into();
+        let patience = Duration::from_secs(3);
+        let error = make_devices(&hangs, namespace, None, dir.path(), patience).await;
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("timed out"), "{error}");
+        let pid = fs::read_to_string(pid_file)
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap();
+        assert!(!is_there(pid));
     }
 }

@@ -4,6 +4,13 @@
 //! connections are over, in the vsock's event queue. So memory, and the set of written pages, must be
 //! taken after the state, or a resumed guest waits on a connection that is none.
 //!
+//! Nothing else writes to it while the vCPUs stand still, whatever comes in by the network card's tap, a
+//! socket or a timer: from a `Paused` that was asked for by the API until the `Resumed`, the thread that
+//! works for all devices takes requests only (`request_is_pause`, src/firecracker/src/
+//! api_server_adapter.rs in 1.10 to 1.16: "device emulation is implicitly paused"). A machine that was
+//! loaded and never ran is called paused, too, without that: so whoever takes a state stops the vCPUs
+//! first, even if they seem to stand still. What came in meanwhile waits in the tap and the sockets.
+//!
 //! From 1.16 on, Firecracker delivers nothing to a guest's vsock after a `Resumed` until the guest has
 //! acknowledged such an event, whether there was one or not (`pending_event_ack`, devices/virtio/
 //! vsock/device.rs: `kick` shuts the gate at every resume; taken back in 1.17's development). So a
@@ -11,6 +18,7 @@
 //! taken has it taken, for the event alone, before it goes on: else no byte would reach its agent again.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -108,21 +116,11 @@ impl FirecrackerVm {
         }
     }
 
-    /// Memory that the guest holds on the host: what is resident of its mappings.
-    fn held_bytes(&self) -> u64 {
-        self.memory()
-            .and_then(|memory| memory.held_bytes())
-            .unwrap_or_else(|error| {
-                tracing::debug!("cannot look at the guest's memory: {error}");
-                0
-            })
-    }
-
     /// Takes the device state without the memory. Firecracker writes the state first, then opens
     /// the memory's file, which it cannot: so the guest stands still for the state alone, and
     /// nothing of its memory is copied twice. The guest's connections are over then.
     async fn save_to_file(&self) -> Result<()> {
-        self.instance.set_agent_reachable(false);
+        self.instance.let_agent_go().await;
         let body = json!({
             "snapshot_type": "Full",
             "snapshot_path": names::STATE,
@@ -154,7 +152,14 @@ impl FirecrackerVm {
     /// the same: only its agent is out of reach, and the next state gives it back.
     async fn end_connections(&self) -> Result<()> {
         match self.save_to_file().await {
-            Ok(()) => self.instance.dir.remove(STATE_ROLE, names::STATE).await,
+            Ok(()) => {
+                // What stays behind is never read: the next state is written over it.
+                let removed = self.instance.dir.remove(STATE_ROLE, names::STATE).await;
+                if let Err(error) = removed {
+                    tracing::warn!("a device state that nobody needs stays behind: {error}");
+                }
+                Ok(())
+            }
             Err(error @ VmmError::Died { .. }) => Err(error),
             Err(error) => {
                 tracing::warn!(
@@ -164,6 +169,14 @@ impl FirecrackerVm {
             }
         }
     }
+}
+
+/// Memory that the guest holds on the host: what is resident of its mappings.
+fn held_bytes(memory: &GuestMemory) -> u64 {
+    memory.held_bytes().unwrap_or_else(|error| {
+        tracing::debug!("cannot look at the guest's memory: {error}");
+        0
+    })
 }
 
 #[async_trait]
@@ -217,7 +230,7 @@ impl Vmm for FirecrackerVm {
         }
         self.instance.set_running(true).await?;
         self.reset_waits.store(false, Ordering::Relaxed);
-        self.instance.set_agent_reachable(true);
+        self.instance.reach_agent();
         Ok(())
     }
 
@@ -238,8 +251,11 @@ impl Vmm for FirecrackerVm {
     }
 
     async fn drain(&self, ceiling: Duration, discarded: Option<DiscardedBytes<'_>>) -> DrainReport {
-        let held = || self.held_bytes();
-        let mut report = drain_balloon(&self.instance.api, ceiling, &held, discarded).await;
+        let (api, version) = (&self.instance.api, self.instance.version);
+        // One that has ended holds none, which the report says.
+        let memory = self.memory().ok();
+        let held = Arc::new(move || memory.as_ref().map_or(0, held_bytes));
+        let mut report = drain_balloon(api, version, ceiling, held, discarded).await;
         if let (DrainOutcome::Failed(why), Some(exit)) =
             (&mut report.outcome, self.instance.process.exited())
         {

@@ -23,6 +23,8 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
 use torpor_pager::Pager;
 use torpor_vmm::{DrainOutcome, VmmError};
 
@@ -81,6 +83,29 @@ async fn a_booted_guest_has_its_drives_its_channel_and_its_random_numbers() {
     let exit = guest.vm.kill().await.unwrap();
     assert_eq!(exit.signal, Some(9));
     assert!(guest.vm.memory().is_err());
+}
+
+/// A machine's state and its memory are taken one after the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_in_while_a_guest_stands_still_waits_outside_its_memory() {
+    let Some(binary) = binary() else { return };
+    let lab = Lab::new(binary);
+    let (mut guest, _) = lab.boot(false, "").await;
+    guest.vm.stop_vcpus().await.unwrap();
+    guest.vm.save_state().await.unwrap();
+    let before = capture(&*guest.vm, None);
+    // A device that is at work writes a packet into a queue of the guest's for it.
+    let mut caller = UnixStream::connect(lab.dir.path().join("vsock.sock"))
+        .await
+        .unwrap();
+    caller.write_all(b"CONNECT 1024\n").await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let after = capture(&*guest.vm, None);
+    let both = before.0.iter().zip(&after.0);
+    assert_eq!(both.filter(|(before, after)| before != after).count(), 0);
+    drop(caller);
+    guest.vm.resume_vcpus().await.unwrap();
+    guest.count().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
