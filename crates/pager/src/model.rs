@@ -23,7 +23,8 @@ use crate::machine::{DirtyPages, Machine, Need, Reason};
 use crate::page_set::{PAGE_SIZE, PageRun, PageSet};
 use crate::service::Service;
 use crate::stats::Counters;
-use crate::uffd::{Filled, WriteTracking};
+use crate::tracking::WriteTracking;
+use crate::uffd::Filled;
 
 /// Steps in which everything must come to rest once nothing new is begun.
 const REST_STEPS: usize = 2000;

@@ -46,7 +46,8 @@ use crate::page_set::{PageRun, PageSet};
 use crate::source::{Content, PageSource, SourceKind};
 use crate::stats::Counters;
 use crate::sync::{AtomicUsize, Condvar, Mutex, MutexGuard, yield_now};
-use crate::uffd::{Filled, WriteTracking};
+use crate::tracking::WriteTracking;
+use crate::uffd::Filled;
 
 /// Reads of events before faults are served even if more events are queued: 64 reads of 64. An
 /// unread discard makes copies say EAGAIN, so stopping early is safe; never stopping would let a

@@ -13,7 +13,8 @@ use crate::kernel::{Event, Kernel, Waited};
 use crate::machine::FaultKind;
 use crate::page_set::{PAGE_SIZE, PageRun};
 use crate::source::{Content as Bytes, PageSource, SourceKind, SourceRun};
-use crate::uffd::{Filled, WriteTracking};
+use crate::tracking::WriteTracking;
+use crate::uffd::Filled;
 
 pub(super) struct SimKernel(pub(super) World);
 

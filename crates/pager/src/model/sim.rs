@@ -11,7 +11,8 @@
 use std::collections::VecDeque;
 
 use crate::page_set::{PAGE_SIZE, PageRun};
-use crate::uffd::{Filled, WriteTracking};
+use crate::tracking::WriteTracking;
+use crate::uffd::Filled;
 
 pub(super) const PAGES: u64 = 48;
 pub(super) const REGION: PageRun = PageRun::new(0, PAGES);
