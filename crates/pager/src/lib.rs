@@ -6,7 +6,8 @@
 //! the guest wrote and which it gave back, and which ones the next resume should bring in ahead.
 //!
 //! - `machine`: the page states and waiting faults, pure
-//! - `service`: events and faults; the one lock, and why
+//! - `service`: the one lock, and why; how events are taken in
+//! - `fault`: what becomes of one fault
 //! - `bulk`: many pages at once: neighbours, prefetch
 //! - `ahead`: what is read before there is a memory
 //! - `working_set`: which pages the next resume should bring in, pure
@@ -32,6 +33,7 @@ mod around;
 mod bulk;
 mod error;
 mod failure;
+mod fault;
 mod file_source;
 #[cfg(any(test, feature = "fuzz"))]
 #[cfg(not(feature = "shuttle"))]
