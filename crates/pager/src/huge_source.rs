@@ -8,28 +8,14 @@ use std::io;
 use std::sync::Arc;
 
 use crate::bulk::READ_PAGES_MAX;
-use crate::page_set::{HUGE_PAGE_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PageRun};
-use crate::source::{Content, PageSource, SourceKind, SourceRun};
+use crate::page_set::{HUGE_PAGE_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PageRun, bytes_of_pages};
+use crate::source::{Content, PageSource, SourceKind, SourceRun, runs_of};
 
 /// Base pages of a huge one.
 pub(crate) const BASE_PAGES: u64 = HUGE_PAGE_BYTES / PAGE_SIZE_U64;
 
 /// See the module. Its page numbers count huge pages.
 pub(crate) struct HugeSource(pub(crate) Arc<dyn PageSource>);
-
-impl HugeSource {
-    /// The runs of one kind that some base pages consist of.
-    fn runs(&self, run: PageRun) -> impl Iterator<Item = (PageRun, SourceKind)> + '_ {
-        let mut at = run.first_page;
-        std::iter::from_fn(move || {
-            let left = run.end_page().checked_sub(at).filter(|left| *left > 0)?;
-            let found = self.0.run_at(at);
-            let part = PageRun::new(at, found.pages.clamp(1, left));
-            at = part.end_page();
-            Some((part, found.kind))
-        })
-    }
-}
 
 impl PageSource for HugeSource {
     fn run_at(&self, page: u64) -> SourceRun {
@@ -41,7 +27,7 @@ impl PageSource for HugeSource {
                 kind: SourceKind::Zero,
             };
         }
-        let zero = self.runs(base).all(|(_, kind)| kind == SourceKind::Zero);
+        let zero = runs_of(&*self.0, base, BASE_PAGES).all(|(_, kind)| kind == SourceKind::Zero);
         SourceRun {
             pages: 1,
             kind: if zero {
@@ -56,17 +42,11 @@ impl PageSource for HugeSource {
         let base_pages = (buf.len() / PAGE_SIZE) as u64;
         let whole = PageRun::new(first_page * BASE_PAGES, base_pages);
         let mut rest = buf;
-        for (run, kind) in self.runs(whole) {
-            let (part, after) = rest.split_at_mut(bytes(run.pages));
+        for (run, kind) in runs_of(&*self.0, whole, READ_PAGES_MAX) {
+            let (part, after) = rest.split_at_mut(bytes_of_pages(run.pages));
             match kind {
                 SourceKind::Zero => part.fill(0),
-                SourceKind::Data => {
-                    let pieces = part.chunks_mut(bytes(READ_PAGES_MAX));
-                    for (piece, number) in pieces.zip(0..) {
-                        self.0
-                            .read(run.first_page + number * READ_PAGES_MAX, piece)?;
-                    }
-                }
+                SourceKind::Data => self.0.read(run.first_page, part)?,
             }
             rest = after;
         }
@@ -82,8 +62,4 @@ impl PageSource for HugeSource {
         }
         self.0.at_hand(base, buf)
     }
-}
-
-fn bytes(pages: u64) -> usize {
-    usize::try_from(pages).unwrap_or(usize::MAX / PAGE_SIZE) * PAGE_SIZE
 }
