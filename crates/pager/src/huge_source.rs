@@ -63,3 +63,64 @@ impl PageSource for HugeSource {
         self.0.at_hand(base, buf)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Each data page holds its number; pages 300 to 1199 are data, the others zero.
+    struct Numbers {
+        reads: Mutex<Vec<PageRun>>,
+    }
+
+    impl PageSource for Numbers {
+        fn run_at(&self, page: u64) -> SourceRun {
+            let (end_page, kind) = match page {
+                0..300 => (300, SourceKind::Zero),
+                300..1200 => (1200, SourceKind::Data),
+                _ => (u64::MAX, SourceKind::Zero),
+            };
+            SourceRun {
+                pages: end_page - page,
+                kind,
+            }
+        }
+
+        fn read(&self, first_page: u64, buf: &mut [u8]) -> io::Result<()> {
+            let read = PageRun::new(first_page, (buf.len() / PAGE_SIZE) as u64);
+            self.reads.lock().unwrap().push(read);
+            for (bytes, page) in buf.chunks_mut(PAGE_SIZE).zip(first_page..) {
+                bytes.fill(0);
+                bytes[..8].copy_from_slice(&page.to_le_bytes());
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_huge_page_is_put_together_from_zeros_and_short_enough_reads_of_data() {
+        let source = Arc::new(Numbers {
+            reads: Mutex::default(),
+        });
+        let huge = HugeSource(source.clone());
+        let kinds = [0, 1, 2, 3].map(|page| huge.run_at(page).kind);
+        let data = SourceKind::Data;
+        assert_eq!(kinds, [data, data, data, SourceKind::Zero]);
+
+        let mut buf = vec![0xAA; bytes_of_pages(3 * BASE_PAGES)];
+        huge.read(0, &mut buf).unwrap();
+        for (bytes, page) in buf.chunks(PAGE_SIZE).zip(0..) {
+            let number = if (300..1200).contains(&page) { page } else { 0 };
+            assert_eq!(bytes[..8], u64::to_le_bytes(number), "page {page}");
+            assert!(bytes[8..].iter().all(|byte| *byte == 0), "page {page}");
+        }
+        let reads = source.reads.lock().unwrap().clone();
+        let expected = [(300, 256), (556, 256), (812, 256), (1068, 132)];
+        assert_eq!(
+            reads,
+            expected.map(|(first, pages)| PageRun::new(first, pages))
+        );
+    }
+}
