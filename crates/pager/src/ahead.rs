@@ -18,9 +18,10 @@ use memmap2::MmapMut;
 
 use crate::bulk::READ_PAGES_MAX;
 use crate::machine::Reason;
-use crate::page_set::{PAGE_SIZE, PageRun};
+use crate::page_set::{PageRun, bytes_of_pages};
 use crate::service::Service;
-use crate::source::{PageSource, SourceKind};
+use crate::source::{PageSource, SourceKind, runs_of};
+use crate::threads::STACK_BYTES;
 use crate::working_set::WORKING_SET_PAGES_MAX;
 
 /// Pieces that wait to be installed: those of a whole working set, as two that follow each other have
@@ -29,9 +30,6 @@ const PIECES_MAX: usize = (2 * WORKING_SET_PAGES_MAX / READ_PAGES_MAX) as usize;
 
 /// How often whoever waits for the next piece looks whether it is still wanted.
 const WANTED_LOOK: Duration = Duration::from_millis(5);
-
-/// A source may decode on this thread's stack.
-const STACK_BYTES: usize = 256 * 1024;
 
 /// Pages that are being read, on a thread of their own, for a pager that is yet to start. Dropped, it
 /// stops reading.
@@ -86,7 +84,11 @@ fn read_all(
 ) -> io::Result<()> {
     let mut parts = Vec::new();
     let mut pages = 0;
-    for part in within(WORKING_SET_PAGES_MAX, parts_of(source, runs)) {
+    // Cut where the kind of content changes, and to what a source reads at once.
+    let wanted = runs
+        .iter()
+        .flat_map(|run| runs_of(source, *run, READ_PAGES_MAX));
+    for part in within(WORKING_SET_PAGES_MAX, wanted) {
         let (run, _) = part;
         if pages + run.pages > READ_PAGES_MAX {
             let (piece, read) = read_piece(source, std::mem::take(&mut parts))?;
@@ -103,24 +105,6 @@ fn read_all(
     // Who would take it may have gone.
     sender.send(last).ok();
     read
-}
-
-/// The runs, cut where the kind of content changes and to what a source reads at once.
-fn parts_of(
-    source: &dyn PageSource,
-    runs: &[PageRun],
-) -> impl Iterator<Item = (PageRun, SourceKind)> {
-    runs.iter().flat_map(move |run| {
-        let mut at = run.first_page;
-        std::iter::from_fn(move || {
-            let left = run.end_page().checked_sub(at).filter(|left| *left > 0)?;
-            let there = source.run_at(at);
-            let pages = there.pages.max(1).min(left).min(READ_PAGES_MAX);
-            let part = PageRun::new(at, pages);
-            at = part.end_page();
-            Some((part, there.kind))
-        })
-    })
 }
 
 fn within(
@@ -140,7 +124,9 @@ fn read_piece(
     parts: Vec<(PageRun, SourceKind)>,
 ) -> io::Result<(Piece, io::Result<()>)> {
     let data = parts.iter().filter(|(_, kind)| *kind == SourceKind::Data);
-    let len_bytes = data.map(|(run, _)| bytes(run.pages)).sum::<usize>();
+    let len_bytes = data
+        .map(|(run, _)| bytes_of_pages(run.pages))
+        .sum::<usize>();
     let mut piece = Piece {
         parts,
         // A mapping cannot be empty.
@@ -150,7 +136,7 @@ fn read_piece(
     let mut failed = None;
     for (number, (run, kind)) in piece.parts.iter().enumerate() {
         if *kind == SourceKind::Data {
-            let (part, after) = rest.split_at_mut(bytes(run.pages));
+            let (part, after) = rest.split_at_mut(bytes_of_pages(run.pages));
             if let Err(error) = source.read(run.first_page, part) {
                 failed = Some((number, error));
                 break;
@@ -163,10 +149,6 @@ fn read_piece(
     };
     piece.parts.truncate(number);
     Ok((piece, Err(error)))
-}
-
-fn bytes(pages: u64) -> usize {
-    usize::try_from(pages).unwrap_or(usize::MAX / PAGE_SIZE) * PAGE_SIZE
 }
 
 impl Service {
@@ -196,7 +178,7 @@ impl Service {
             let content = match kind {
                 SourceKind::Zero => None,
                 SourceKind::Data => {
-                    let (content, after) = rest.split_at(bytes(run.pages));
+                    let (content, after) = rest.split_at(bytes_of_pages(run.pages));
                     rest = after;
                     Some(content)
                 }
@@ -207,15 +189,8 @@ impl Service {
 
     /// The parts of a run that lie in the guest's memory. No content: zeros.
     fn install_inside(&self, run: PageRun, content: Option<&[u8]>) {
-        let mut at = run.first_page;
-        while at < run.end_page() {
-            let rest = PageRun::new(at, run.end_page() - at);
-            let region = self.kernel.region_around(at);
-            let Some(inside) = region.and_then(|region| rest.clipped_to(region)) else {
-                // Between two regions: on with the page after this one.
-                at += 1;
-                continue;
-            };
+        let mut rest = run;
+        while let Some(inside) = self.first_inside(rest) {
             match content {
                 None => self.prefetch_zeros(inside),
                 Some(bytes) => {
@@ -225,7 +200,7 @@ impl Service {
                     self.fill(inside, bytes, Reason::Prefetch);
                 }
             }
-            at = inside.end_page();
+            rest = PageRun::new(inside.end_page(), run.end_page() - inside.end_page());
         }
     }
 }
@@ -235,6 +210,7 @@ mod tests {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
     use super::*;
+    use crate::page_set::PAGE_SIZE;
     use crate::source::SourceRun;
 
     /// Each page holds its number; every tenth run of ten pages is zero.

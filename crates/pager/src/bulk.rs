@@ -17,7 +17,7 @@ use crate::kernel::ZERO_PAGES_MAX;
 use crate::machine::{Need, Reason};
 use crate::page_set::{PAGE_SIZE, PageRun};
 use crate::service::{AGAIN_PAUSE, Service, State};
-use crate::source::{Content, SourceKind};
+use crate::source::{Content, SourceKind, runs_of};
 use crate::uffd::Filled;
 
 /// The longest read that a source is asked for: 1 MiB. Long enough for storage to reach its
@@ -181,22 +181,16 @@ impl Service {
 
     /// The run of the source's data pages around a page, inside its window.
     pub(crate) fn data_span(&self, page: u64, window: PageRun) -> PageRun {
-        let mut at = window.first_page;
-        while at < window.end_page() {
-            let run = self.source.run_at(at);
-            let found = PageRun::new(at, run.pages.max(1));
-            if run.kind == SourceKind::Data && (at..found.end_page()).contains(&page) {
-                // One read brings the page; the rest of a long window is left to its own faults.
-                let most = self.sizes.read_pages_max;
-                let near = PageRun::new(page - page % most, most);
-                return found
-                    .clipped_to(window)
-                    .and_then(|span| span.clipped_to(near))
-                    .unwrap_or(PageRun::new(page, 1));
-            }
-            at = found.end_page();
-        }
-        PageRun::new(page, 1)
+        let holds = |(run, kind): &(PageRun, SourceKind)| {
+            *kind == SourceKind::Data && (run.first_page..run.end_page()).contains(&page)
+        };
+        // One read brings the page; the rest of a long window is left to its own faults.
+        let most = self.sizes.read_pages_max;
+        let near = PageRun::new(page - page % most, most);
+        runs_of(&*self.source, window, window.pages.max(1))
+            .find(holds)
+            .and_then(|(data, _)| data.clipped_to(near))
+            .unwrap_or(PageRun::new(page, 1))
     }
 
     /// From the first to the last page of a run that is still to come from the source.
@@ -413,30 +407,27 @@ impl Service {
             let Some(wanted) = state.prefetch.pop_front() else {
                 break;
             };
-            let Some(region) = self.kernel.region_around(wanted.first_page) else {
-                // Between two regions: on with the page after this one.
-                if wanted.pages > 1 {
-                    let rest = PageRun::new(wanted.first_page + 1, wanted.pages - 1);
-                    state.prefetch.push_front(rest);
-                }
+            let Some((run, kind)) = self.first_inside(wanted).and_then(|inside| {
+                runs_of(&*self.source, inside, self.sizes.read_pages_max).next()
+            }) else {
                 continue;
             };
-            let Some(inside) = wanted.clipped_to(region) else {
-                continue;
-            };
-            let there = self.source.run_at(inside.first_page);
-            let pages = inside
-                .pages
-                .min(there.pages.max(1))
-                .min(self.sizes.read_pages_max);
-            if wanted.pages > pages {
-                let rest = PageRun::new(wanted.first_page + pages, wanted.pages - pages);
+            if wanted.end_page() > run.end_page() {
+                let rest = PageRun::new(run.end_page(), wanted.end_page() - run.end_page());
                 state.prefetch.push_front(rest);
             }
-            return Some((PageRun::new(inside.first_page, pages), there.kind));
+            return Some((run, kind));
         }
         state.prefetcher_runs = false;
         None
+    }
+
+    /// The first part of a run that lies in one region of the guest's memory.
+    pub(crate) fn first_inside(&self, run: PageRun) -> Option<PageRun> {
+        (run.first_page..run.end_page()).find_map(|page| {
+            let rest = PageRun::new(page, run.end_page() - page);
+            rest.clipped_to(self.kernel.region_around(page)?)
+        })
     }
 
     pub(crate) fn prefetch_zeros(&self, run: PageRun) {

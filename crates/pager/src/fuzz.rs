@@ -10,7 +10,8 @@ use crate::handshake;
 use crate::kernel::{Event, Regions};
 use crate::machine::{FaultKind, Machine, Need, Reason};
 use crate::page_set::{HUGE_PAGE_BYTES, PAGE_SIZE_U64, PageRun, PageSet};
-use crate::uffd::{Region, event_of};
+use crate::region::Region;
+use crate::uffd_abi::event_of;
 
 /// A message from a VMM: refused, or regions that can be served (or are refused together).
 pub fn handshake(message: &[u8]) {

@@ -25,7 +25,7 @@ use rustix::process::{Pid, PidfdFlags};
 use serde::Deserialize;
 
 use crate::error::PagerError;
-use crate::uffd::Region;
+use crate::region::Region;
 
 /// A message's length. A region takes some 150 bytes; Firecracker sends at most a handful.
 pub const MESSAGE_BYTES_MAX: usize = 64 * 1024;

@@ -25,7 +25,8 @@ use crate::service::Service;
 use crate::source::{Content, PageSource, SourceKind, SourceRun};
 use crate::stats::Counters;
 use crate::threads;
-use crate::uffd::{Filled, WriteTracking};
+use crate::tracking::WriteTracking;
+use crate::uffd::Filled;
 
 const PAGES: u64 = 6;
 const REGION: PageRun = PageRun::new(0, PAGES);

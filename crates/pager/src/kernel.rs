@@ -16,8 +16,11 @@ use crate::error::PagerError;
 use crate::machine::FaultKind;
 use crate::page_set::{HUGE_PAGE_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PageRun};
 use crate::pagemap::Pagemap;
+use crate::region::Region;
 use crate::source::Content;
-use crate::uffd::{Filled, RawEvent, Region, Uffd, WriteTracking};
+use crate::tracking::WriteTracking;
+use crate::uffd::{Filled, Uffd};
+use crate::uffd_abi::RawEvent;
 
 /// Pages of zeros that one call installs: 64 KiB, or one huge page. Bounds how long the page states
 /// stay locked.

@@ -6,7 +6,8 @@
 //! the guest wrote and which it gave back, and which ones the next resume should bring in ahead.
 //!
 //! - `machine`: the page states and waiting faults, pure
-//! - `service`: events and faults; the one lock, and why
+//! - `service`: the one lock, and why; how events are taken in
+//! - `fault`: what becomes of one fault
 //! - `bulk`: many pages at once: neighbours, prefetch
 //! - `ahead`: what is read before there is a memory
 //! - `working_set`: which pages the next resume should bring in, pure
@@ -18,7 +19,8 @@
 //! - [`handshake`], [`server`]: a page-fault handler of its own, for any VMM that speaks
 //!   Firecracker's handshake
 //! - `fuzz`: what comes from outside, as bytes, for the fuzz targets
-//! - `kernel`, `uffd`, `pagemap`: the kernel's side; unsafe code is in the last two and
+//! - `region`, `tracking`: a piece of guest memory; how its writes are found out
+//! - `kernel`, `uffd`, `uffd_abi`, `pagemap`: the kernel's side; unsafe code is in the last two and
 //!   in `file_source`
 //!
 //! Beyond that handshake it knows neither VMMs nor builds. It does not create the VMM's
@@ -31,6 +33,7 @@ mod around;
 mod bulk;
 mod error;
 mod failure;
+mod fault;
 mod file_source;
 #[cfg(any(test, feature = "fuzz"))]
 #[cfg(not(feature = "shuttle"))]
@@ -51,13 +54,16 @@ mod pager;
 #[cfg(test)]
 #[cfg(not(feature = "shuttle"))]
 mod races;
+mod region;
 pub mod server;
 mod service;
 mod source;
 mod stats;
 mod sync;
 mod threads;
+mod tracking;
 mod uffd;
+mod uffd_abi;
 mod working_set;
 
 pub use ahead::ReadAhead;
@@ -69,7 +75,9 @@ pub use kernel::Backing;
 pub use machine::DirtyPages;
 pub use page_set::{PAGE_SIZE, PageRun, PageSet};
 pub use pager::{Pager, PagerConfig};
+pub use region::Region;
 pub use source::{Content, Mapped, PageSource, SourceKind, SourceRun};
 pub use stats::{Latencies, PagerStats};
-pub use uffd::{Region, Uffd, WriteTracking};
+pub use tracking::WriteTracking;
+pub use uffd::Uffd;
 pub use working_set::{WORKING_SET_PAGES_MAX, WORKING_SET_RUNS_MAX};

@@ -16,6 +16,13 @@ const _: () = assert!(
     "one page size, two integer types"
 );
 
+/// The bytes of some base pages (saturating).
+pub(crate) fn bytes_of_pages(pages: u64) -> usize {
+    usize::try_from(pages)
+        .unwrap_or(usize::MAX)
+        .saturating_mul(PAGE_SIZE)
+}
+
 /// The other size of pages that guest memory may consist of.
 pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
 

@@ -23,10 +23,12 @@ use crate::kernel::{Backing, HostKernel, Regions, memfd_runs};
 use crate::machine::{DirtyPages, Machine};
 use crate::page_set::{PAGE_SIZE_U64, PageRun, PageSet};
 use crate::pagemap::Pagemap;
+use crate::region::Region;
 use crate::service::Service;
 use crate::source::PageSource;
 use crate::stats::{Counters, Latencies, PagerStats};
-use crate::uffd::{Region, Uffd, WriteTracking};
+use crate::tracking::WriteTracking;
+use crate::uffd::Uffd;
 use crate::{threads, working_set};
 
 /// Pages around a fault that are filled along with it: 64 KiB, the frame of a build.

@@ -16,11 +16,13 @@ use crate::kernel::{Backing, Event, HostKernel, Kernel, Regions, Waited};
 use crate::machine::Machine;
 use crate::page_set::{PAGE_SIZE, PAGE_SIZE_U64, PageRun};
 use crate::pagemap::Pagemap;
+use crate::region::Region;
 use crate::service::Service;
 use crate::source::{Content, PageSource, SourceKind, SourceRun};
 use crate::stats::Counters;
 use crate::threads;
-use crate::uffd::{Filled, Region, Uffd, WriteTracking};
+use crate::tracking::WriteTracking;
+use crate::uffd::{Filled, Uffd};
 
 const PAGES: u64 = 64;
 const DEADLINE: Duration = Duration::from_secs(30);

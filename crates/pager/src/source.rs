@@ -64,6 +64,23 @@ pub trait PageSource: Send + Sync + 'static {
     }
 }
 
+/// The runs of one kind that a run of the source's pages consists of, none longer than `pages_max`
+/// (at least 1).
+pub(crate) fn runs_of(
+    source: &dyn PageSource,
+    run: PageRun,
+    pages_max: u64,
+) -> impl Iterator<Item = (PageRun, SourceKind)> {
+    let mut at = run.first_page;
+    std::iter::from_fn(move || {
+        let left = run.end_page().checked_sub(at).filter(|left| *left > 0)?;
+        let found = source.run_at(at);
+        let part = PageRun::new(at, found.pages.clamp(1, left.min(pages_max)));
+        at = part.end_page();
+        Some((part, found.kind))
+    })
+}
+
 /// Pages' bytes, for the kernel to copy.
 #[derive(Clone, Copy, Debug)]
 pub enum Content<'a> {

@@ -29,8 +29,8 @@ const YIELD_MAX: Duration = Duration::from_micros(300);
 /// The longest pause before what the kernel puts off is tried again.
 const AGAIN_PAUSE_MAX: Duration = Duration::from_millis(5);
 
-/// A thread's stack: the reader holds one batch of events, 2 KiB; a source may need more.
-const STACK_BYTES: usize = 256 * 1024;
+/// A thread's stack: the reader holds one batch of events, 2 KiB; a source may decode on it.
+pub(crate) const STACK_BYTES: usize = 256 * 1024;
 
 /// Starts a thread whose panic becomes a failure of the pager.
 pub(crate) fn spawn(
