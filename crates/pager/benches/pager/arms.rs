@@ -225,6 +225,31 @@ pub(crate) fn touch_single(memory: &Memory, order: &[u32], check: bool) -> Laten
     Latency::of(&mut latencies)
 }
 
+/// Pages of a walk, and from the start of one to that of the next: what is filled ahead of one does not
+/// reach the other.
+const WALK_PAGES: usize = 64;
+const WALK_STEP_PAGES: usize = 256;
+
+/// Many short walks through memory: how long the first page of each took.
+pub(crate) fn touch_first_of_walks(memory: &Memory, check: bool) -> Latency {
+    let mut latencies: Vec<_> = (0..memory.pages / WALK_STEP_PAGES)
+        .map(|walk| {
+            let first = walk * WALK_STEP_PAGES;
+            let before = Instant::now();
+            let word = memory.read(first);
+            let took = before.elapsed();
+            assert!(!check || word == first as u64, "page {first} holds {word}");
+            (first..first + WALK_PAGES).for_each(|page| drop(memory.read(page)));
+            let walked = Instant::now();
+            while walked.elapsed() < SINGLE_GAP {
+                std::hint::spin_loop();
+            }
+            took
+        })
+        .collect();
+    Latency::of(&mut latencies)
+}
+
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Touched {
     pub(crate) rate: f64,

@@ -185,6 +185,14 @@ impl Bench {
         let pager = arms::pager(&memory, source, WriteTracking::Off, Vec::new());
         self.latency("single pager", arms::touch_single(&memory, order, true));
         arms::checked(&pager);
+        drop((pager, memory));
+
+        let memory = Memory::new(Kind::Anonymous, self.pages);
+        let source = arms::file_source(&self.file);
+        let pager = arms::pager(&memory, source, WriteTracking::Off, Vec::new());
+        let latency = arms::touch_first_of_walks(&memory, true);
+        self.latency("first page of a walk", latency);
+        arms::checked(&pager);
     }
 
     /// Every page once: sequential and random, 1, 2 and 4 threads.

@@ -35,9 +35,10 @@ type Wanted = (
 );
 
 #[rustfmt::skip]
-const BARS: [Wanted; 26] = [
+const BARS: [Wanted; 27] = [
     ("single random fault, p50: pager / minimal loop", "single pager p50 us", "single minimal p50 us", None, Some(1.25)),
     ("single random fault, p99: pager / minimal loop", "single pager p99 us", "single minimal p99 us", None, Some(2.0)),
+    ("first page of a walk, p50: / single random fault", "first page of a walk p50 us", "single pager p50 us", None, Some(1.25)),
     ("sequential, 1 thread: pager / minimal loop", "sequential 1 pager pages/s", "sequential 1 minimal pages/s", Some(8.0), None),
     ("sequential, 2 threads: pager / minimal loop", "sequential 2 pager pages/s", "sequential 2 minimal pages/s", Some(8.0), None),
     // The minimal loop at 4 threads reaches a fifth of the raw copy: eight times that cannot be had.

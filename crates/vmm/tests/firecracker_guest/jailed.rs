@@ -60,7 +60,7 @@ fn is_locked_up(pid: u32, uid: u32) {
     let namespace =
         |pid: &str, kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
     let same = |kind: &str| namespace(&pid.to_string(), kind) == namespace("self", kind);
-    assert!(!same("mnt") && !same("pid") && same("net"));
+    assert!(!same("mnt") && !same("pid") && !same("net"));
     let cgroup = cgroup(pid);
     assert!(
         cgroup.starts_with("/sys/fs/cgroup/torpor"),
