@@ -85,7 +85,8 @@ fn execute(cli: Cli, output: Output) -> Result<(), CliError> {
             Ok(signal) = interrupt => Err(CliError::Interrupted { signal, kept: Vec::new() }),
         }
     });
-    awaited.set("files of the storage that are still being read or written, and memory being freed");
+    awaited
+        .set("files of the storage that are still being read or written, and memory being freed");
     runtime.shutdown_timeout(BLOCKING_WORK_MAX);
     awaited.set("the deletion of builds that were not finished");
     let kept = context.clean_up();

@@ -239,7 +239,7 @@ pub(crate) fn touch_first_of_walks(memory: &Memory, check: bool) -> Latency {
             let word = memory.read(first);
             let took = before.elapsed();
             assert!(!check || word == first as u64, "page {first} holds {word}");
-            (first..first + WALK_PAGES).for_each(|page| drop(memory.read(page)));
+            (first..first + WALK_PAGES).for_each(|page| _ = memory.read(page));
             let walked = Instant::now();
             while walked.elapsed() < SINGLE_GAP {
                 std::hint::spin_loop();
