@@ -31,7 +31,6 @@ use torpor_guest::{Command, Selector};
 use torpor_sandbox::Sandbox;
 use torpor_sandbox::assets::DEFAULT_KERNEL;
 use torpor_sandbox::boot::{BootRequest, boot};
-use torpor_sandbox::error::StartError;
 use torpor_sandbox::flags::PauseFlags;
 use torpor_sandbox::host::{Host, HostOptions};
 use torpor_sandbox::inspect::{look_into_build, look_into_sandbox};
@@ -62,9 +61,6 @@ const FRESH_BYTES: u64 = 4 << 20;
 const IDLE_BYTES_MAX: u64 = 8 << 20;
 /// A drain that has all the time.
 const DRAIN_MS: u64 = 120_000;
-/// Firecracker's last words when a guest's kernel resets itself.
-const TRIPLE_FAULT: &str = "Unexpected exit reason on vcpu run: Shutdown";
-const STARTS_MAX: u32 = 3;
 const FLAGS: &str = r#"{ "templates": { "fc-reporting": { "free-page-reporting": true } } }"#;
 
 /// What `make test-firecracker` lends; kept for all the test programs of a run.
@@ -99,7 +95,7 @@ async fn host() -> Option<Host> {
 
 async fn boot_guest(host: &Host, template: &str, kernel_args: &str) -> Sandbox {
     let began = Instant::now();
-    let request = || BootRequest {
+    let request = BootRequest {
         memory_bytes: GUEST_MEMORY_BYTES,
         disk_bytes: GUEST_DISK_BYTES,
         vcpus: 1,
@@ -110,19 +106,9 @@ async fn boot_guest(host: &Host, template: &str, kernel_args: &str) -> Sandbox {
         template: Some(template.parse().unwrap()),
         progress: Progress::silent(),
     };
-    for _ in 0..STARTS_MAX {
-        match boot(host, request()).await {
-            Ok(sandbox) => {
-                println!("booted {template} in {:?}", began.elapsed());
-                return sandbox;
-            }
-            Err(error) if is_the_labs_doing(&error) => {
-                println!("the guest's kernel reset itself before it ran: booted again");
-            }
-            Err(error) => panic!("{error:?}"),
-        }
-    }
-    panic!("the guest's kernel resets itself at each of {STARTS_MAX} boots")
+    let sandbox = boot(host, request).await.unwrap();
+    println!("booted {template} in {:?}", began.elapsed());
+    sandbox
 }
 
 /// A template, booted once for all tests (and by `torpor create-build` where its tests ran before).
@@ -138,21 +124,8 @@ async fn template(host: &Host) -> BuildId {
     id
 }
 
-/// Doubly emulated, a guest's kernel resets itself now and then, mostly in its first milliseconds, also
-/// where no pager is; Firecracker then says so and ends. On a processor's own KVM that is a failure.
-fn is_the_labs_doing(error: &StartError) -> bool {
-    std::env::var_os("TORPOR_LAB").is_some() && format!("{error:?}").contains(TRIPLE_FAULT)
-}
-
 async fn resume_guest(host: &Host, id: &BuildId) -> Sandbox {
-    let mut resumed = resume(host, id, &ResumeOptions::default()).await;
-    for _ in 1..STARTS_MAX {
-        if !resumed.as_ref().is_err_and(is_the_labs_doing) {
-            break;
-        }
-        println!("the guest's kernel reset itself after the resume: resumed again");
-        resumed = resume(host, id, &ResumeOptions::default()).await;
-    }
+    let resumed = resume(host, id, &ResumeOptions::default()).await;
     let (sandbox, report) = resumed.unwrap();
     println!(
         "resumed in {:.0} ms: VMM {:.0}, memory {:.0}, state {:.0}, answer {:.0}; {} faults, {} pages prefetched",

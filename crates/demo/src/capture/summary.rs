@@ -16,6 +16,9 @@ use crate::targets::Target;
 const SCAN_MS_MAX: f64 = 5.0;
 /// What a hostile guest's scan may take more than an honest one's.
 const HOSTILE_MS_MAX: f64 = 10.0;
+/// No size's time for a GiB is more than this many times the smallest one's. (Fixed costs make small
+/// guests dearer for a GiB, caches large ones.)
+const SPREAD_MAX: f64 = 2.0;
 /// Linear: from the smallest guest to the largest the time grows at most so many times as fast as the
 /// memory. (A fixed cost makes that less than 1; guests of different sizes are not equally tidy.)
 const LINEAR_MAX: f64 = 1.25;
@@ -153,6 +156,18 @@ fn scan_lines(scan: &ScanTimes) -> Vec<Line> {
             none,
         )
         .at_most(LINEAR_MAX),
+        Line::new(
+            "dearest / cheapest GiB",
+            spread(&scan.booted, "booted"),
+            none,
+        )
+        .at_most(SPREAD_MAX),
+        Line::new(
+            "the same, fragmented",
+            spread(&scan.booted, "fragmented"),
+            none,
+        )
+        .at_most(SPREAD_MAX),
     ]
 }
 
@@ -165,6 +180,17 @@ fn growth(rows: &[ScanRow], state: &str) -> Option<f64> {
     let memory = ratio(largest.memory_bytes, smallest.memory_bytes)?;
     let grown = memory > 1.0 && smallest.cpu_ms > 0.0;
     grown.then(|| largest.cpu_ms / smallest.cpu_ms / memory)
+}
+
+/// The dearest GiB to the cheapest one, over the sizes, by processor time.
+fn spread(rows: &[ScanRow], state: &str) -> Option<f64> {
+    let times = rows
+        .iter()
+        .filter(|row| row.state == state)
+        .map(|row| row.cpu_ms_per_gib);
+    let max = times.clone().fold(f64::NAN, f64::max);
+    let min = times.fold(f64::NAN, f64::min);
+    (min > 0.0).then(|| max / min)
 }
 
 fn stored_lines(measured: &Measured<'_>) -> Vec<Line> {
