@@ -36,8 +36,11 @@ use build::Build;
 use memory::{Kind, Memory, PAGE};
 use report::Report;
 
-/// Single faults in a round.
+/// Single faults in a round, at most.
 const SINGLE_FAULTS: usize = 1500;
+/// What is filled around a random fault: single faults are each in another such window, or they
+/// would find their pages there.
+const WINDOW_PAGES: usize = 16;
 /// How long a round's churn of discards lasts.
 const CHURN: Duration = Duration::from_millis(1000);
 /// Threads that discard at once.
@@ -174,7 +177,7 @@ impl Bench {
 
     /// Faults one at a time, far apart.
     fn single(&mut self) {
-        let order = &random(self.pages)[..SINGLE_FAULTS];
+        let order = &far_apart(self.pages);
         let memory = Memory::new(Kind::Anonymous, self.pages);
         let minimal = MinimalLoop::start(&memory, &self.cached);
         self.latency("single minimal", arms::touch_single(&memory, order, true));
@@ -250,7 +253,7 @@ impl Bench {
                 self.touched(&format!("{how} {name}"), touched);
                 arms::checked(&pager);
             }
-            let order = &random(self.pages)[..SINGLE_FAULTS];
+            let order = &far_apart(self.pages);
             let memory = Memory::new(Kind::Anonymous, self.pages);
             let source = Arc::new(self.build.source(by_worker));
             let pager = arms::pager(&memory, source, WriteTracking::Off, Vec::new());
@@ -381,7 +384,22 @@ fn sequential(pages: usize) -> Vec<u32> {
 }
 
 fn random(pages: usize) -> Vec<u32> {
-    let mut order = sequential(pages);
+    shuffled(sequential(pages))
+}
+
+/// A page of each window, any of its pages, in random order.
+fn far_apart(pages: usize) -> Vec<u32> {
+    let mut rng = Rng(43);
+    let windows = shuffled(sequential(pages / WINDOW_PAGES));
+    let page_in = |window| window * WINDOW_PAGES as u32 + rng.below(WINDOW_PAGES) as u32;
+    windows
+        .into_iter()
+        .map(page_in)
+        .take(SINGLE_FAULTS)
+        .collect()
+}
+
+fn shuffled(mut order: Vec<u32>) -> Vec<u32> {
     let mut rng = Rng(42);
     for index in (1..order.len()).rev() {
         order.swap(index, rng.below(index + 1));
