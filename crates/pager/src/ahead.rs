@@ -188,7 +188,7 @@ impl Service {
     }
 
     /// The parts of a run that lie in the guest's memory. No content: zeros.
-    fn install_inside(&self, run: PageRun, content: Option<&[u8]>) {
+    pub(crate) fn install_inside(&self, run: PageRun, content: Option<&[u8]>) {
         let mut rest = run;
         while let Some(inside) = self.first_inside(rest) {
             match content {

@@ -44,10 +44,10 @@ const AT_HAND_MAX: u32 = 4;
 const BACKLOG_WINDOWS_MAX: usize = 64;
 
 /// Attempts at a read of the source. With the pauses below a source has half a second to recover.
-const SOURCE_ATTEMPTS: u32 = 4;
+pub(crate) const SOURCE_ATTEMPTS: u32 = 4;
 
 /// The pause before the second attempt; each further one is ten times as long.
-const SOURCE_PAUSE: Duration = Duration::from_millis(5);
+pub(crate) const SOURCE_PAUSE: Duration = Duration::from_millis(5);
 
 /// Times that a bulk fill is tried again at one place before it is dropped (nobody waits for it):
 /// a fifth of a second.
@@ -206,7 +206,7 @@ impl Service {
     pub(crate) fn read(&self, run: PageRun, buf: &mut Vec<u8>) -> Result<(), Option<PagerFailure>> {
         let len_bytes = self.sizes.bytes(run.pages.min(self.sizes.read_pages_max));
         buf.resize(len_bytes, 0);
-        let mut pause = SOURCE_PAUSE;
+        let mut pause = self.source_pause;
         for attempt in 1..=SOURCE_ATTEMPTS {
             match self.source.read(run.first_page, buf) {
                 Ok(()) => return Ok(()),

@@ -13,15 +13,19 @@ mod host;
 mod sim;
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use proptest::prelude::*;
 
-use self::host::{SimKernel, SimSource};
+use self::host::{SimKernel, SimSource, number_pages};
 use self::sim::{Content, Op, PAGES, REGION, Sim, Truth, Waiter, at, in_source};
+use crate::bulk::SOURCE_ATTEMPTS;
+use crate::error::{PagerError, PagerFailure};
 use crate::failure::FailureSignal;
 use crate::machine::{DirtyPages, Machine, Need, Reason};
-use crate::page_set::{PAGE_SIZE, PageRun, PageSet};
+use crate::page_set::{PAGE_SIZE, PageRun, PageSet, bytes_of_pages};
 use crate::service::Service;
+use crate::source::{SourceKind, runs_of};
 use crate::stats::Counters;
 use crate::tracking::WriteTracking;
 use crate::uffd::Filled;
@@ -66,6 +70,11 @@ impl World {
             Op::Short => self.sim().short = true,
             Op::Hasty { page } => self.sim().hasty = Some(page),
             Op::Cached { all } => self.sim().cached = all,
+            Op::FailReads { reads } => self.sim().fail_reads(reads),
+            Op::ReadAhead { first_page, pages } => {
+                self.install_ahead(PageRun::new(first_page, pages));
+            }
+            Op::Kill => self.sim().kill(),
             Op::Pause => self.sim().paused = true,
             Op::Resume => self.sim().paused = false,
             Op::Reader => {
@@ -85,6 +94,19 @@ impl World {
                     .push_back(PageRun::new(first_page, pages));
             }
             Op::Worker | Op::Prefetcher | Op::Capture => {}
+        }
+    }
+
+    /// What `Service::install_ahead` does with one piece.
+    fn install_ahead(&self, run: PageRun) {
+        let service = self.service();
+        for (part, kind) in runs_of(&*service.source, run, PAGES) {
+            let content = (kind == SourceKind::Data).then(|| {
+                let mut content = vec![0; bytes_of_pages(part.pages)];
+                number_pages(part.first_page, &mut content);
+                content
+            });
+            service.install_inside(part, content.as_deref());
         }
     }
 
@@ -117,7 +139,12 @@ impl World {
         }
         let service = self.service();
         for step in 0..REST_STEPS {
-            let (faults, removed) = service.settle_once().unwrap();
+            let (faults, removed) = match service.settle_once() {
+                Ok(moving) => moving,
+                // Nothing is captured then.
+                Err(PagerError::VmmGone) => return assert!(self.sim().gone),
+                Err(error) => return self.expect_failure(&error),
+            };
             let discarding = {
                 let sim = self.sim();
                 let late = |page: &u64| removed.contains(*page) && sim.pages[at(*page)].is_some();
@@ -133,6 +160,23 @@ impl World {
         panic!("a stopped guest does not come to rest: {:?}", self.sim());
     }
 
+    /// The pager gives up only on a source that has failed as often as it is asked.
+    fn expect_failure(&self, error: &PagerError) {
+        let PagerError::Failed(PagerFailure::Source { attempts, .. }) = error else {
+            panic!("{error}");
+        };
+        assert!(self.sim().failing_reads_most >= *attempts, "{error}");
+    }
+
+    /// Whether the guest goes on. One whose page could not be read waits for it until it is killed.
+    fn is_served(&self) -> bool {
+        let Some(failure) = self.service().failure.get() else {
+            return !self.sim().gone;
+        };
+        self.expect_failure(&PagerError::Failed(failure));
+        false
+    }
+
     fn come_to_rest(&self) {
         for step in 0..REST_STEPS {
             let (discards, waiters) = {
@@ -140,7 +184,7 @@ impl World {
                 (sim.discards.len(), sim.unread.len() + sim.asleep.len())
             };
             let busy = self.service().lock().machine.waiting().0;
-            if discards + waiters + busy == 0 {
+            if discards + waiters + busy == 0 || !self.is_served() {
                 return;
             }
             self.happen(Op::Discarder { which: step });
@@ -159,8 +203,11 @@ impl World {
     fn check(&self) {
         let service = self.service();
         let sim = self.sim();
+        if sim.gone {
+            // Who captures finds no process, whether or not a copy has told the pager.
+            return;
+        }
         let state = service.lock();
-        assert!(service.failure.get().is_none());
         let (mut there, mut scanned) = (
             PageSet::with_capacity_pages(PAGES),
             PageSet::with_capacity_pages(PAGES),
@@ -227,7 +274,9 @@ fn world(shared: bool, tracking: WriteTracking) -> (World, Arc<Service>) {
     );
     let kernel = Box::new(SimKernel(world.clone()));
     let source = Arc::new(SimSource(world.clone()));
-    let service = Arc::new(Service::new(kernel, source, tracking, 8, parts));
+    let mut service = Service::new(kernel, source, tracking, 8, parts);
+    service.source_pause = Duration::ZERO;
+    let service = Arc::new(service);
     world.service.set(Arc::downgrade(&service)).unwrap();
     (world, service)
 }
@@ -246,6 +295,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Short),
         2 => (0..PAGES).prop_map(|page| Op::Hasty { page }),
         1 => any::<bool>().prop_map(|all| Op::Cached { all }),
+        1 => (1..SOURCE_ATTEMPTS).prop_map(|reads| Op::FailReads { reads }),
+        1 => (0..PAGES - 8, 1_u64..8).prop_map(|(first_page, pages)| Op::ReadAhead { first_page, pages }),
         1 => Just(Op::Pause),
         2 => Just(Op::Capture),
         1 => Just(Op::Resume),
@@ -255,6 +306,45 @@ fn op() -> impl Strategy<Value = Op> {
 fn plan() -> impl Strategy<Value = Vec<(Op, Vec<Op>)>> {
     let meanwhile = prop_oneof![2 => Just(Vec::new()), 1 => prop::collection::vec(op(), 1..6)];
     prop::collection::vec((op(), meanwhile), 1..60)
+}
+
+/// A plan in which the source fails for good, or the VMM is killed, perhaps while a worker sleeps on
+/// storage.
+fn plan_with_an_end() -> impl Strategy<Value = Vec<(Op, Vec<Op>)>> {
+    let end = prop_oneof![
+        Just(Op::Kill),
+        (SOURCE_ATTEMPTS..2 * SOURCE_ATTEMPTS).prop_map(|reads| Op::FailReads { reads }),
+    ];
+    (plan(), end, any::<prop::sample::Index>(), any::<bool>()).prop_map(
+        |(mut plan, end, at, meanwhile)| {
+            let at = at.index(plan.len());
+            if meanwhile {
+                plan[at].1.insert(0, end);
+            } else {
+                plan.insert(at, (end, Vec::new()));
+            }
+            plan
+        },
+    )
+}
+
+/// Runs a plan to its end. Returns whether the guest is still served.
+fn run(plan: Vec<(Op, Vec<Op>)>, shared: bool, sync: bool) -> bool {
+    let tracking = if sync {
+        WriteTracking::Sync
+    } else {
+        WriteTracking::Async
+    };
+    let (world, _service) = world(shared, tracking);
+    for (op, meanwhile) in plan {
+        world.step(op, &meanwhile);
+    }
+    // The last pause finds the guest as it was left.
+    world.step(Op::Pause, &[]);
+    world.step(Op::Capture, &[]);
+    world.come_to_rest();
+    world.check();
+    world.is_served()
 }
 
 proptest! {
@@ -267,16 +357,17 @@ proptest! {
         shared in any::<bool>(),
         sync in any::<bool>(),
     ) {
-        let tracking = if sync { WriteTracking::Sync } else { WriteTracking::Async };
-        let (world, _service) = world(shared, tracking);
-        for (op, meanwhile) in plan {
-            world.step(op, &meanwhile);
-        }
-        // The last pause finds the guest as it was left.
-        world.step(Op::Pause, &[]);
-        world.step(Op::Capture, &[]);
-        world.come_to_rest();
-        world.check();
+        prop_assert!(run(plan, shared, sync));
+    }
+
+    /// Neither a page of made-up content, nor a panic, nor a failure without its cause.
+    #[test]
+    fn a_source_that_fails_and_a_vmm_that_is_killed_spoil_no_page(
+        plan in plan_with_an_end(),
+        shared in any::<bool>(),
+        sync in any::<bool>(),
+    ) {
+        run(plan, shared, sync);
     }
 }
 

@@ -38,7 +38,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::around::Around;
-use crate::bulk::{Backlog, Scratch, Sizes};
+use crate::bulk::{Backlog, SOURCE_PAUSE, Scratch, Sizes};
 use crate::error::{PagerError, PagerFailure};
 use crate::failure::FailureSignal;
 use crate::kernel::{Event, Kernel};
@@ -100,6 +100,8 @@ pub(crate) struct Service {
     pub(crate) stop: Condvar,
     /// Threads that wait for the lock on behalf of a fault.
     urgent: AtomicUsize,
+    /// Before the second attempt at a read of the source.
+    pub(crate) source_pause: Duration,
 }
 
 impl Service {
@@ -136,6 +138,7 @@ impl Service {
             rest: Condvar::new(),
             stop: Condvar::new(),
             urgent: AtomicUsize::new(0),
+            source_pause: SOURCE_PAUSE,
         }
     }
 

@@ -82,6 +82,9 @@ impl Kernel for SimKernel {
 
     fn map(&self, page: u64, written: bool) -> io::Result<Filled> {
         let mut sim = self.0.sim();
+        if sim.gone {
+            return Ok(Filled::Gone);
+        }
         if sim.changing() {
             return Ok(sim.put_off());
         }
@@ -102,6 +105,9 @@ impl Kernel for SimKernel {
 
     fn unprotect(&self, page: u64) -> io::Result<Filled> {
         let mut sim = self.0.sim();
+        if sim.gone {
+            return Ok(Filled::Gone);
+        }
         if sim.changing() {
             return Ok(sim.put_off());
         }
@@ -134,6 +140,14 @@ impl Kernel for SimKernel {
     }
 }
 
+/// The source's content: each page begins with its number. Zero pages are never asked for.
+pub(super) fn number_pages(first_page: u64, buf: &mut [u8]) {
+    for (bytes, page) in buf.chunks_mut(PAGE_SIZE).zip(first_page..) {
+        assert_eq!(in_source(page), Content::Source, "zero page {page}");
+        bytes[..8].copy_from_slice(&page.to_le_bytes());
+    }
+}
+
 pub(super) struct SimSource(pub(super) World);
 
 impl PageSource for SimSource {
@@ -155,27 +169,18 @@ impl PageSource for SimSource {
         if !self.0.sim().cached {
             return None;
         }
-        for (bytes, page) in buf.chunks_mut(PAGE_SIZE).zip(run.first_page..) {
-            assert_eq!(
-                in_source(page),
-                Content::Source,
-                "zero page {page} was asked for"
-            );
-            bytes[..8].copy_from_slice(&page.to_le_bytes());
-        }
+        number_pages(run.first_page, buf);
         Some(Bytes::Bytes(buf))
     }
 
     fn read(&self, first_page: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.sim().source_reads += 1;
-        for (bytes, page) in buf.chunks_mut(PAGE_SIZE).zip(first_page..) {
-            assert_eq!(
-                in_source(page),
-                Content::Source,
-                "zero page {page} was read"
-            );
-            bytes[..8].copy_from_slice(&page.to_le_bytes());
+        if self.0.sim().next_read_fails() {
+            // What a read that fails leaves behind is nobody's page.
+            buf.fill(0xee);
+            return Err(io::ErrorKind::Other.into());
         }
+        number_pages(first_page, buf);
         loop {
             let next = self.0.sim().meanwhile.pop_front();
             let Some(op) = next else { return Ok(()) };

@@ -62,6 +62,17 @@ pub(super) enum Op {
     Hasty {
         page: u64,
     },
+    /// So many reads of the source fail from now on, one after the other.
+    FailReads {
+        reads: u32,
+    },
+    /// Pages that were read before there was a memory are installed.
+    ReadAhead {
+        first_page: u64,
+        pages: u64,
+    },
+    /// The VMM has been killed: its memory goes, and whoever waited for it.
+    Kill,
     /// What the source's cache can answer changes.
     Cached {
         all: bool,
@@ -126,6 +137,10 @@ pub(super) struct Sim {
     pub(super) hasty: Option<u64>,
     pub(super) cached: bool,
     pub(super) paused: bool,
+    pub(super) gone: bool,
+    /// Reads that are to fail, and the most that were asked for at once.
+    pub(super) failing_reads: u32,
+    pub(super) failing_reads_most: u32,
     pub(super) writes: u64,
     pub(super) source_reads: u64,
     pub(super) source_asked: u64,
@@ -156,14 +171,41 @@ impl Sim {
             hasty: None,
             cached: false,
             paused: false,
+            gone: false,
+            failing_reads: 0,
+            failing_reads_most: 0,
             writes: 0,
             source_reads: 0,
             source_asked: 0,
         }
     }
 
+    /// See [`Op::FailReads`].
+    pub(super) fn fail_reads(&mut self, reads: u32) {
+        self.failing_reads = reads;
+        self.failing_reads_most = self.failing_reads_most.max(reads);
+    }
+
+    pub(super) fn next_read_fails(&mut self) -> bool {
+        let fails = self.failing_reads > 0;
+        self.failing_reads = self.failing_reads.saturating_sub(1);
+        fails
+    }
+
+    /// See [`Op::Kill`].
+    pub(super) fn kill(&mut self) {
+        self.gone = true;
+        self.pages.fill(None);
+        self.discards.clear();
+        self.unread.clear();
+        self.asleep.clear();
+    }
+
     /// A guest thread touches a page: does it, or falls asleep.
     pub(super) fn touch(&mut self, waiter: Waiter) {
+        if self.gone {
+            return;
+        }
         let Waiter { page, write } = waiter;
         let Some(there) = self.pages[at(page)].filter(|there| there.mapped) else {
             self.unread.push_back(waiter);
@@ -252,7 +294,7 @@ impl Sim {
 
     pub(super) fn begin_discard(&mut self, run: PageRun) {
         // A guest hands each page in once at a time.
-        if (run.first_page..run.end_page()).any(|page| self.in_discard(page)) {
+        if self.gone || (run.first_page..run.end_page()).any(|page| self.in_discard(page)) {
             return;
         }
         if self.shared {
@@ -311,6 +353,9 @@ impl Sim {
         protect: bool,
         content: impl Fn(u64) -> Content,
     ) -> Filled {
+        if self.gone {
+            return Filled::Gone;
+        }
         if self.changing() {
             return self.put_off();
         }

@@ -309,10 +309,11 @@ impl Guest {
         classify(page, &words)
     }
 
-    /// Faults the page in, whatever it holds.
-    pub fn touch(&self, page: u64) {
+    /// Faults the page in. Returns its first word, the page's number unless it is zero: all that can
+    /// be known of a page that others are writing.
+    pub fn touch(&self, page: u64) -> u64 {
         // SAFETY: as in `read`.
-        unsafe { self.word(page, 0).read_volatile() };
+        unsafe { self.word(page, 0).read_volatile() }
     }
 
     pub fn write(&self, page: u64, generation: u64) {
@@ -341,8 +342,13 @@ impl Guest {
     /// takes longer than nothing, as telling a guest does: see the crate's documentation about
     /// the window on shared memfds.
     pub fn discard(&self, pager: &Pager, first_page: u64, pages: u64) {
-        self.punch(first_page, pages);
-        self.madvise(first_page, pages as usize * PAGE_SIZE);
+        self.discard_bytes(pager, first_page, pages as usize * PAGE_SIZE);
+    }
+
+    /// The same with an end inside a page, which the kernel takes for the page's end.
+    pub fn discard_bytes(&self, pager: &Pager, first_page: u64, len_bytes: usize) {
+        self.punch(first_page, len_bytes.div_ceil(PAGE_SIZE) as u64);
+        self.madvise(first_page, len_bytes);
         event_applied(pager);
     }
 }
