@@ -18,6 +18,7 @@ use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::slice;
 use std::time::{Duration, Instant};
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -89,6 +90,15 @@ pub enum HandshakeError {
     /// A region that cannot be served.
     #[error(transparent)]
     Region(#[from] PagerError),
+    /// One of the others, from a VMM whose userfaultfd came: it waits already, and for ever if it is
+    /// not killed.
+    #[error("{why}")]
+    Unserved {
+        /// The VMM.
+        peer: Peer,
+        /// What was wrong with its message.
+        why: Box<HandshakeError>,
+    },
 }
 
 #[derive(Deserialize)]
@@ -134,17 +144,45 @@ pub fn parse(message: &[u8]) -> Result<Vec<Region>, HandshakeError> {
 /// # Errors
 /// The peer does not keep to it.
 pub fn receive(stream: &UnixStream) -> Result<Handshake, HandshakeError> {
-    let started = Instant::now();
     let peer = Peer::of(stream)?;
-    let mut message = Vec::new();
     let mut fds = Vec::new();
-    let regions = loop {
+    let received = receive_regions(stream, &mut fds)
+        .and_then(|regions| userfaultfd_of(&fds).map(|()| regions));
+    match (received, fds.pop()) {
+        (Ok(regions), Some(uffd)) => Ok(Handshake {
+            uffd,
+            regions,
+            peer,
+        }),
+        (Ok(_), None) => Err(HandshakeError::Descriptors(0)),
+        (Err(why), last) => {
+            fds.extend(last);
+            if fds
+                .iter()
+                .any(|fd| userfaultfd_of(slice::from_ref(fd)).is_ok())
+            {
+                let why = Box::new(why);
+                return Err(HandshakeError::Unserved { peer, why });
+            }
+            Err(why)
+        }
+    }
+}
+
+/// Reads the message, and what comes beside it.
+fn receive_regions(
+    stream: &UnixStream,
+    fds: &mut Vec<OwnedFd>,
+) -> Result<Vec<Region>, HandshakeError> {
+    let started = Instant::now();
+    let mut message = Vec::new();
+    loop {
         let left = HANDSHAKE_MAX.saturating_sub(started.elapsed());
         if left.is_zero() {
             return Err(HandshakeError::Timeout(message.len()));
         }
         stream.set_read_timeout(Some(left))?;
-        match receive_some(stream, &mut message, &mut fds) {
+        match receive_some(stream, &mut message, fds) {
             Ok(0) => return Err(HandshakeError::Closed(message.len())),
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => continue,
@@ -155,23 +193,22 @@ pub fn receive(stream: &UnixStream) -> Result<Handshake, HandshakeError> {
         }
         match parse(&message) {
             Err(HandshakeError::Json(error)) if error.is_eof() => {}
-            regions => break regions?,
+            regions => return regions,
         }
-    };
-    let count = fds.len();
-    let (Some(uffd), 1) = (fds.pop(), count) else {
-        return Err(HandshakeError::Descriptors(count));
-    };
-    let link = std::fs::read_link(format!("/proc/self/fd/{}", uffd.as_raw_fd()))?;
-    if link.as_os_str() != "anon_inode:[userfaultfd]" {
-        let found = link.to_string_lossy().into_owned();
-        return Err(HandshakeError::NotUserfaultfd(found));
     }
-    Ok(Handshake {
-        uffd,
-        regions,
-        peer,
-    })
+}
+
+/// One descriptor it must be, and a userfaultfd.
+fn userfaultfd_of(fds: &[OwnedFd]) -> Result<(), HandshakeError> {
+    let [fd] = fds else {
+        return Err(HandshakeError::Descriptors(fds.len()));
+    };
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    if link.as_os_str() == "anon_inode:[userfaultfd]" {
+        return Ok(());
+    }
+    let found = link.to_string_lossy().into_owned();
+    Err(HandshakeError::NotUserfaultfd(found))
 }
 
 fn receive_some(

@@ -207,7 +207,14 @@ impl Server {
     pub fn run(mut self, gone: &mut dyn FnMut(&ServerReport)) -> io::Result<ServerReport> {
         let served = self.serve(gone);
         self.end_handshakes();
-        for vmm in std::mem::take(&mut self.vmms) {
+        let vmms = std::mem::take(&mut self.vmms);
+        // All at once: a large memory takes a while to go.
+        for vmm in &vmms {
+            if let Err(error) = vmm.peer.kill() {
+                tracing::error!(pid = vmm.peer.pid, %error, "a VMM that hangs cannot be killed");
+            }
+        }
+        for vmm in vmms {
             self.end(vmm, Some("the pager was stopped".to_owned()));
             gone(&self.report);
         }
@@ -428,12 +435,15 @@ fn greet(
     len_pages: u64,
     prefetch: Vec<PageRun>,
 ) -> Result<Vmm, String> {
-    let told = |error: HandshakeError| error.to_string();
     let Handshake {
         uffd,
         regions,
         peer,
-    } = receive(stream).map_err(told)?;
+    } = match receive(stream) {
+        Ok(handshake) => handshake,
+        Err(HandshakeError::Unserved { peer, why }) => return Err(kill_unserved(&peer, &*why)),
+        Err(error) => return Err(error.to_string()),
+    };
     let since = Instant::now();
     let end = |region: &crate::Region| region.guest_offset_bytes + region.len_bytes;
     let guest_bytes = regions.iter().map(end).max().unwrap_or(0);
@@ -455,11 +465,14 @@ fn greet(
             pager,
             since,
         }),
-        Err(error) => {
-            kill(&peer);
-            Err(format!("{error}; its process {} was killed", peer.pid))
-        }
+        Err(error) => Err(kill_unserved(&peer, &error)),
     }
+}
+
+/// Ends a VMM that was taken in too far to go on by itself. Returns what to tell of it.
+fn kill_unserved(peer: &Peer, why: &dyn std::error::Error) -> String {
+    kill(peer);
+    format!("{why}; its process {} was killed", peer.pid)
 }
 
 /// Kills a process and waits until its memory has gone.

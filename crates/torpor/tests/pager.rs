@@ -149,11 +149,17 @@ impl Vmm {
     }
 
     fn start_with(socket: &Path, pages: usize, page_size: usize) -> Self {
+        Self::start_saying(socket, pages, page_size, page_size)
+    }
+
+    /// Its message says another size of pages than its memory has.
+    fn start_saying(socket: &Path, pages: usize, page_size: usize, said: usize) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "vmm_role", "--nocapture", "--test-threads=1"])
             .env(ROLE, socket)
             .env("PAGES", pages.to_string())
             .env("PAGE_SIZE", page_size.to_string())
+            .env("SAID_PAGE_SIZE", said.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -251,9 +257,10 @@ fn vmm_role() {
     for region in &regions {
         uffd.register(region, WriteTracking::Off).unwrap();
     }
+    let said = number("SAID_PAGE_SIZE");
     let json = regions.map(|region| {
         format!(
-            "{{\"base_host_virt_addr\":{},\"size\":{},\"offset\":{},\"page_size\":{page_size},\"page_size_kib\":{page_size}}}",
+            "{{\"base_host_virt_addr\":{},\"size\":{},\"offset\":{},\"page_size\":{said},\"page_size_kib\":{said}}}",
             region.host_addr, region.len_bytes, region.guest_offset_bytes
         )
     });
@@ -462,6 +469,15 @@ fn a_guest_larger_than_the_memory_file_is_refused_and_killed() {
     let mut vmm = served.vmm();
     vmm.send("read 2000");
     assert!(vmm.is_killed(), "it would wait for ever");
+}
+
+#[test]
+fn a_vmm_whose_regions_cannot_be_served_is_refused_and_killed() {
+    let served = Served::on_memory_file(PAGES, &[]);
+    let mut vmm = Vmm::start_saying(&served.socket(), PAGES, PAGE, 1 << 30);
+    vmm.send("read 7");
+    assert!(vmm.is_killed(), "it would wait for ever");
+    assert_eq!(served.vmm().ask("read 7"), "7");
 }
 
 #[test]
