@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use support::{Content, DEADLINE, Guest, Rng, TestSource, stamp, until};
+use support::{Content, DEADLINE, Guest, Memory, Rng, TestSource, stamp, until};
 use torpor_pager::{
     Backing, FileSource, PageRun, PageSet, PageSource, Pager, PagerConfig, PagerError, Uffd,
     WriteTracking,
@@ -35,9 +35,18 @@ const TRACKINGS: [WriteTracking; 3] = [
     WriteTracking::Off,
 ];
 
+/// The kinds of memory, all of which the pager treats alike; the kernel does not.
+const MEMORIES: [Memory; 2] = [Memory::Anonymous, Memory::PrivateMemfd];
+
+/// Each kind of memory with each way to track writes.
+fn kinds() -> impl Iterator<Item = (Memory, WriteTracking)> {
+    let with = |memory| TRACKINGS.map(|tracking| (memory, tracking));
+    MEMORIES.into_iter().flat_map(with)
+}
+
 /// Memory of so many huge pages; says so if the host has none.
-fn guest(huge_pages: u64) -> Option<Guest> {
-    let guest = Guest::of_huge_pages(huge_pages * HUGE);
+fn guest(memory: Memory, huge_pages: u64) -> Option<Guest> {
+    let guest = Guest::of_huge_pages(memory, huge_pages * HUGE);
     if guest.is_none() {
         eprintln!("not run: this host has not enough huge pages (sysctl vm.nr_hugepages=64)");
     }
@@ -58,8 +67,10 @@ fn expected(zero: bool) -> Content {
 
 #[test]
 fn every_page_of_a_huge_page_is_what_the_source_has() {
-    for tracking in TRACKINGS {
-        let Some(guest) = guest(6) else { return };
+    for (memory, tracking) in kinds() {
+        let Some(guest) = guest(memory, 6) else {
+            return;
+        };
         let mut plan = source(5 * HUGE + 100);
         // One huge page wholly zero, one in parts, the last beyond the source's end in part.
         plan.zero_pages = (HUGE..2 * HUGE).chain(1030..1100).chain([1200]).collect();
@@ -89,8 +100,10 @@ fn every_page_of_a_huge_page_is_what_the_source_has() {
 
 #[test]
 fn what_was_written_and_what_was_given_back_is_told_in_whole_huge_pages() {
-    for tracking in [WriteTracking::Async, WriteTracking::Sync] {
-        let Some(guest) = guest(8) else { return };
+    for (memory, tracking) in kinds().filter(|(_, tracking)| *tracking != WriteTracking::Off) {
+        let Some(guest) = guest(memory, 8) else {
+            return;
+        };
         let pager = guest.pager(&Arc::new(source(guest.pages)), tracking, |_| {});
         let set = |huge_pages: &[u64]| {
             let mut set = PageSet::with_capacity_pages(guest.pages);
@@ -115,8 +128,8 @@ fn what_was_written_and_what_was_given_back_is_told_in_whole_huge_pages() {
         for _ in 0..2 {
             pager.settle(DEADLINE).unwrap();
             let dirty = pager.dirty().unwrap();
-            assert_eq!(dirty.written, set(&[1, 2, 6]), "{tracking:?}");
-            assert_eq!(dirty.removed, set(&[3, 4, 5]), "{tracking:?}");
+            assert_eq!(dirty.written, set(&[1, 2, 6]), "{memory:?}, {tracking:?}");
+            assert_eq!(dirty.removed, set(&[3, 4, 5]), "{memory:?}, {tracking:?}");
         }
         assert_eq!(guest.read(HUGE + 10), Content::Generation(7));
         assert_eq!(guest.read(HUGE + 11), Content::Generation(0));
@@ -130,8 +143,10 @@ fn what_was_written_and_what_was_given_back_is_told_in_whole_huge_pages() {
 /// The kernel takes whole huge pages only, and so must the page states.
 #[test]
 fn a_discard_that_ends_inside_a_huge_page_leaves_that_page() {
-    for tracking in TRACKINGS {
-        let Some(guest) = guest(4) else { return };
+    for (memory, tracking) in kinds() {
+        let Some(guest) = guest(memory, 4) else {
+            return;
+        };
         let pager = guest.pager(&Arc::new(source(guest.pages)), tracking, |_| {});
         guest.write(HUGE, 5);
         guest.madvise(0, ((HUGE + 100) * 4096) as usize);
@@ -146,7 +161,9 @@ fn a_discard_that_ends_inside_a_huge_page_leaves_that_page() {
 
 #[test]
 fn a_page_that_is_discarded_while_it_is_fetched_is_zero() {
-    let Some(guest) = guest(2) else { return };
+    let Some(guest) = guest(Memory::Anonymous, 2) else {
+        return;
+    };
     let source = Arc::new(source(guest.pages));
     let pager = guest.pager(&source, WriteTracking::Async, |_| {});
     source.open_gate(false);
@@ -163,7 +180,9 @@ fn a_page_that_is_discarded_while_it_is_fetched_is_zero() {
 
 #[test]
 fn a_raw_file_in_the_page_cache_needs_no_worker() {
-    let Some(guest) = guest(3) else { return };
+    let Some(guest) = guest(Memory::Anonymous, 3) else {
+        return;
+    };
     let file = File::from(support::guest_memfd(guest.pages));
     for page in 0..guest.pages {
         // A hole in the last huge page: it is put together by a worker.
@@ -210,10 +229,12 @@ impl PageSource for Counted {
 #[test]
 fn many_threads_find_their_huge_pages_as_they_must_be() {
     const EACH: u64 = 4;
-    for tracking in TRACKINGS {
-        let Some(guest) = guest(4 * EACH) else { return };
+    for (memory, tracking) in kinds() {
+        let Some(guest) = guest(memory, 4 * EACH) else {
+            return;
+        };
         let seed = u64::from(std::process::id());
-        eprintln!("{tracking:?} tracking, seed {seed}");
+        eprintln!("{memory:?}, {tracking:?} tracking, seed {seed}");
         let mut plan = source(guest.pages);
         plan.zero_pages = (HUGE..2 * HUGE).chain(3000..3100).collect();
         plan.delay = Duration::from_micros(50);

@@ -194,14 +194,26 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Anonymous memory of huge pages, if the host has that many left.
-    pub fn of_huge_pages(pages: u64) -> Option<Self> {
+    /// Memory of huge pages, if the host has that many left: anonymous, or a private mapping of a
+    /// memfd.
+    pub fn of_huge_pages(memory: Memory, pages: u64) -> Option<Self> {
         let len = pages as usize * PAGE_SIZE;
         let rw = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
         let null = std::ptr::null_mut();
-        // SAFETY: as in `new`.
-        let pointer = unsafe { rustix::mm::mmap_anonymous(null, len, rw, flags) };
+        let pointer = match memory {
+            Memory::Anonymous => {
+                let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+                // SAFETY: as in `new`.
+                unsafe { rustix::mm::mmap_anonymous(null, len, rw, flags) }
+            }
+            _ => {
+                let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+                let memfd = rustix::fs::memfd_create("test-guest-huge", flags).unwrap();
+                rustix::fs::ftruncate(&memfd, len as u64).unwrap();
+                // SAFETY: as in `new`.
+                unsafe { rustix::mm::mmap(null, len, rw, MapFlags::PRIVATE, &memfd, 0) }
+            }
+        };
         Some(Self {
             addr: pointer.ok()?.expose_provenance() as u64,
             pages,
