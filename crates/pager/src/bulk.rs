@@ -202,18 +202,23 @@ impl Service {
         Some(PageRun::new(first_page, last_page + 1 - first_page))
     }
 
-    /// Reads from the source, with its bounded number of attempts. `Err(None)`: the pager stops.
-    pub(crate) fn read(&self, run: PageRun, buf: &mut Vec<u8>) -> Result<(), Option<PagerFailure>> {
+    /// Reads from the source, in so many attempts at most. `Err(None)`: the pager stops.
+    pub(crate) fn read(
+        &self,
+        run: PageRun,
+        attempts: u32,
+        buf: &mut Vec<u8>,
+    ) -> Result<(), Option<PagerFailure>> {
         let len_bytes = self.sizes.bytes(run.pages.min(self.sizes.read_pages_max));
         buf.resize(len_bytes, 0);
         let mut pause = self.source_pause;
-        for attempt in 1..=SOURCE_ATTEMPTS {
+        for attempt in 1..=attempts {
             match self.source.read(run.first_page, buf) {
                 Ok(()) => return Ok(()),
-                Err(error) if attempt == SOURCE_ATTEMPTS => {
+                Err(error) if attempt == attempts => {
                     return Err(Some(PagerFailure::Source {
                         page: run.first_page,
-                        attempts: attempt,
+                        attempts,
                         source: Arc::new(error),
                     }));
                 }
@@ -333,13 +338,16 @@ impl Service {
                         state.machine.written(page);
                     }
                 }
+                // The kernel has woken whoever waited there.
+                if state.machine.waiting().0 > 0 {
+                    (filled.first_page..filled.end_page())
+                        .for_each(|page| self.finish(state, page));
+                }
                 Ok(pages)
             }
             Ok(Filled::Exists) => {
                 state.machine.found(run.first_page, reason);
-                if let Err(error) = self.kernel.wake(run.first_page) {
-                    self.fail_kernel("wake a thread", run.first_page, error);
-                }
+                self.wake_and_finish(state, run.first_page);
                 Ok(1)
             }
             Ok(Filled::Again) => {
@@ -366,9 +374,10 @@ impl Service {
     pub(crate) fn drain_for_others(&self, state: &mut State) {
         let (before, _) = state.machine.waiting();
         self.drain(state);
-        let first = before == 0 && state.machine.waiting().0 > 0;
-        if first || state.machine.has_aside() {
+        if before == 0 && state.machine.waiting().0 > 0 {
             self.kernel.nudge();
+        } else {
+            self.nudge_if_left(state);
         }
     }
 
@@ -385,7 +394,7 @@ impl Service {
                 let Some(absent) = self.absent_part(run) else {
                     return true;
                 };
-                match self.read(absent, buf) {
+                match self.read(absent, SOURCE_ATTEMPTS, buf) {
                     Ok(()) => self.fill(absent, buf, Reason::Prefetch),
                     Err(failure) => {
                         // Nobody waits for these pages; the fault that does will say more.

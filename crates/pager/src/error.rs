@@ -123,6 +123,15 @@ pub enum PagerFailure {
         /// The faulting address in the VMM.
         host_addr: u64,
     },
+    /// The VMM has forked, or moved or unmapped its guest's memory.
+    #[error(
+        "the VMM's userfaultfd told of event {event:#x}, which the pager cannot follow; it must be \
+         negotiated with UFFD_FEATURE_EVENT_REMOVE alone"
+    )]
+    UnaskedEvent {
+        /// The event's number in `linux/userfaultfd.h`.
+        event: u8,
+    },
     /// More threads wait for pages than any VMM has.
     #[error("more than {limit} page faults wait at once; the VMM has too many threads")]
     TooManyFaults {

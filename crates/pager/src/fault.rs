@@ -14,7 +14,8 @@
 
 use std::time::Instant;
 
-use crate::bulk::piece_pages;
+use crate::bulk::{SOURCE_ATTEMPTS, piece_pages};
+use crate::error::PagerFailure;
 use crate::machine::{FaultKind, Need, Reason};
 use crate::page_set::PageRun;
 use crate::service::{Service, State};
@@ -31,7 +32,6 @@ impl Service {
         let need = state.machine.need(page);
         match (kind, need) {
             (FaultKind::Protected, _) => self.allow_write(state, page, need),
-            (FaultKind::Unmapped, Need::Zero) => self.replace_late_copy(state, page),
             (FaultKind::Unmapped, _) => self.map(state, page, need),
             (_, Need::Nothing) => self.wake_and_finish(state, page),
             (_, Need::Zero) => self.install_zero(state, page, kind),
@@ -97,17 +97,9 @@ impl Service {
         PageRun::new(page, absent.max(1))
     }
 
-    /// A discarded page is in the memory's file: a copy that came late. See `service`.
-    fn replace_late_copy(&self, state: &mut State, page: u64) {
-        if let Err(error) = self.kernel.drop_late_copies(PageRun::new(page, 1)) {
-            state.machine.lose(page);
-            return self.fail_kernel("drop a late copy", page, error);
-        }
-        self.install_zero(state, page, FaultKind::Read);
-    }
-
     /// The page is in the memory's file, and not mapped: the kernel has unmapped it, or the VMM
-    /// wrote it past its mapping.
+    /// wrote it past its mapping (a device of its own process, into a discarded page, too: late copies
+    /// have been dropped by now).
     fn map(&self, state: &mut State, page: u64, need: Need) {
         let written = need != Need::Nothing || state.machine.is_written(page);
         match self.kernel.map(page, written) {
@@ -270,14 +262,14 @@ impl Service {
         state.machine.set_aside(page);
     }
 
-    fn wake_and_finish(&self, state: &mut State, page: u64) {
+    pub(crate) fn wake_and_finish(&self, state: &mut State, page: u64) {
         if let Err(error) = self.kernel.wake(page) {
             self.fail_kernel("wake a thread", page, error);
         }
         self.finish(state, page);
     }
 
-    fn finish(&self, state: &mut State, page: u64) {
+    pub(crate) fn finish(&self, state: &mut State, page: u64) {
         if let Some(since) = state.machine.finish(page) {
             state.counters.fault_answered(since.elapsed());
         }
@@ -314,30 +306,45 @@ impl Service {
         let window = self.lock().machine.window(page);
         let span = self.data_span(page, window);
         let at_once = self.own_block(page, span);
-        if let Err(failure) = self.read(at_once, buf) {
-            self.lock().machine.lose(page);
-            if let Some(failure) = failure {
-                self.fail(failure);
-            }
-            return;
+        if let Err(failure) = self.read(at_once, SOURCE_ATTEMPTS, buf) {
+            return self.read_failed(page, failure);
         }
         let there = self.install_read(page, self.sizes.slice(at_once, page, 1, buf));
-        // The reader may sleep, all discards read: it is to try again what one of them has put off.
-        if self.lock().machine.has_aside() {
-            self.kernel.nudge();
-        }
+        self.nudge_if_left(&self.lock());
         if !there {
             return;
         }
         if at_once.pages > 1 {
             self.fill(at_once, buf, Reason::Neighbour);
         }
-        // A kindness: that it cannot be read is for the fault to say that needs it.
+        // A kindness: that it cannot be read is for the fault to say that needs it, and to try again.
         if at_once != span
             && let Some(rest) = self.absent_part(span)
-            && self.read(rest, buf).is_ok()
+            && self.read(rest, 1, buf).is_ok()
         {
             self.fill(rest, buf, Reason::Neighbour);
+        }
+    }
+
+    fn read_failed(&self, page: u64, failure: Option<PagerFailure>) {
+        let mut state = self.lock();
+        if state.machine.need(page) != Need::Source {
+            // Discarded, or brought in, while it could not be read.
+            self.decide(&mut state, page);
+            return self.nudge_if_left(&state);
+        }
+        state.machine.lose(page);
+        drop(state);
+        if let Some(failure) = failure {
+            self.fail(failure);
+        }
+    }
+
+    /// The reader may sleep, all events read: it is to try again what has been put off, and to fill
+    /// what somebody else has left to it.
+    pub(crate) fn nudge_if_left(&self, state: &State) {
+        if state.machine.has_aside() || !state.backlog.is_empty() {
+            self.kernel.nudge();
         }
     }
 

@@ -118,9 +118,7 @@ impl Stream {
                 }
             }
         }
-        let Some(event) = event_of(&message) else {
-            return;
-        };
+        let event = event_of(&message);
         let mut events = Vec::new();
         self.regions
             .translate(event, &mut |event| events.push(event));
@@ -170,6 +168,7 @@ impl Stream {
                     |region: &Region| (region.host_addr..region.host_end()).contains(&host_addr);
                 assert!(!self.regions.iter().any(inside), "{host_addr:#x}");
             }
+            Event::Unasked { event } => assert!(event != 0x12 && event != 0x15),
         }
     }
 

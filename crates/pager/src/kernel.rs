@@ -54,6 +54,8 @@ pub(crate) enum Event {
     Remove { start_byte: u64, end_byte: u64 },
     /// A fault where the pager serves nothing.
     Stray { host_addr: u64 },
+    /// The VMM does to its memory what the pager cannot follow.
+    Unasked { event: u8 },
 }
 
 /// What ended a wait.
@@ -229,6 +231,7 @@ impl Regions {
                     }
                 }
             }
+            RawEvent::Unasked { event } => sink(Event::Unasked { event }),
         }
     }
 }

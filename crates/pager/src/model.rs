@@ -68,6 +68,10 @@ impl World {
             }
             Op::Discarder { which } => self.sim().run_discarder(which),
             Op::Short => self.sim().short = true,
+            Op::Ragged {
+                before_bytes,
+                after_bytes,
+            } => self.sim().ragged = (before_bytes, after_bytes),
             Op::Hasty { page } => self.sim().hasty = Some(page),
             Op::Cached { all } => self.sim().cached = all,
             Op::FailReads { reads } => self.sim().fail_reads(reads),
@@ -293,6 +297,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => run().prop_map(|(first_page, pages)| Op::Prefetch { first_page, pages }),
         2 => Just(Op::Prefetcher),
         1 => Just(Op::Short),
+        1 => (0..PAGE_SIZE as u64, 0..PAGE_SIZE as u64)
+            .prop_map(|(before_bytes, after_bytes)| Op::Ragged { before_bytes, after_bytes }),
         2 => (0..PAGES).prop_map(|page| Op::Hasty { page }),
         1 => any::<bool>().prop_map(|all| Op::Cached { all }),
         1 => (1..SOURCE_ATTEMPTS).prop_map(|reads| Op::FailReads { reads }),
@@ -405,6 +411,50 @@ fn events_are_read_between_scattered_pieces_of_a_window() {
     assert!(state.backlog.is_empty());
     let absent = |page: &u64| state.machine.need(*page) != Need::Nothing;
     assert_eq!((0..16).find(absent), None);
+}
+
+/// The kernel wakes its thread: to wait for a worker, which may hang, it has no reason.
+#[test]
+fn a_fault_that_has_been_answered_with_its_neighbours_waits_no_more() {
+    let (world, service) = world(false, WriteTracking::Async);
+    world.happen(Op::Touch {
+        page: 3,
+        write: false,
+    });
+    service.drain(&mut service.lock());
+    assert_eq!(service.lock().machine.waiting().0, 1, "no worker runs");
+    world.step(
+        Op::Prefetch {
+            first_page: 0,
+            pages: 8,
+        },
+        &[],
+    );
+    while service.prefetch_some(&mut Vec::new()) {}
+    assert_eq!(service.lock().machine.waiting().0, 0);
+    assert!(world.sim().asleep.is_empty());
+    world.step(Op::Worker, &[]);
+    world.check();
+}
+
+#[test]
+fn a_page_that_is_discarded_while_it_cannot_be_read_is_zero_and_no_failure() {
+    let (world, service) = world(false, WriteTracking::Async);
+    world.happen(Op::Touch {
+        page: 3,
+        write: false,
+    });
+    service.drain(&mut service.lock());
+    world.sim().fail_reads(SOURCE_ATTEMPTS);
+    let discard = Op::Discard {
+        first_page: 3,
+        pages: 1,
+    };
+    world.step(Op::Worker, &[discard, Op::Reader]);
+    world.come_to_rest();
+    assert!(service.failure.get().is_none());
+    assert_eq!(world.sim().source_reads, u64::from(SOURCE_ATTEMPTS));
+    world.check();
 }
 
 /// Fails without `Backlog::drop_overlapping` (tried: page 9 is then filled with zeros).

@@ -272,6 +272,7 @@ impl Service {
                 }
             }
             Event::Stray { host_addr } => self.fail(PagerFailure::UnknownAddress { host_addr }),
+            Event::Unasked { event } => self.fail(PagerFailure::UnaskedEvent { event }),
         }
     }
 

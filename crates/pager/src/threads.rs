@@ -212,9 +212,7 @@ fn next_fault(service: &Service) -> Option<u64> {
             }
             // A neighbour's worker brought it in meanwhile, or it was discarded.
             service.decide(&mut state, page);
-            if state.machine.has_aside() {
-                service.kernel.nudge();
-            }
+            service.nudge_if_left(&state);
             continue;
         }
         state = service

@@ -14,6 +14,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::error::PagerError;
 use crate::page_set::PAGE_SIZE_U64;
@@ -34,6 +37,8 @@ const EVENTS_PER_READ: usize = 64;
 #[derive(Debug)]
 pub struct Uffd {
     fd: OwnedFd,
+    /// The kernel can be told not to wait for events, whatever the descriptor's flags.
+    reads_at_once: AtomicBool,
 }
 
 impl Uffd {
@@ -42,8 +47,7 @@ impl Uffd {
     /// # Errors
     /// The kernel has none, or forbids it (`vm.unprivileged_userfaultfd`).
     pub fn create() -> Result<Self, PagerError> {
-        let fd = uffd_abi::create(0)?;
-        Ok(Self { fd })
+        Ok(Self::of(uffd_abi::create(0)?))
     }
 
     /// Takes over a userfaultfd that was created in another process.
@@ -58,7 +62,14 @@ impl Uffd {
         };
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(setup)?;
         rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK).map_err(setup)?;
-        Ok(Self { fd })
+        Ok(Self::of(fd))
+    }
+
+    fn of(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            reads_at_once: AtomicBool::new(true),
+        }
     }
 
     /// Agrees with the kernel on the features that `tracking` needs. Once for each descriptor.
@@ -230,22 +241,37 @@ impl Uffd {
     /// more: a read that was not filled has found the queues empty.
     pub(crate) fn read_events(&self, sink: &mut dyn FnMut(RawEvent)) -> io::Result<bool> {
         let mut messages = [UffdMsg::default(); EVENTS_PER_READ];
-        let count = match uffd_abi::read(&self.fd, &mut messages) {
+        let count = match self.read_at_once(&mut messages) {
             Ok(count) => count,
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Ok(false),
             Err(error) if error.raw_os_error() == Some(libc::EINTR) => return Ok(true),
             Err(error) => return Err(error),
         };
-        for message in &messages[..count] {
-            match message.event() {
-                Some(event) => sink(event),
-                None => tracing::warn!(
-                    event = message.event,
-                    "userfaultfd event that was not asked for"
-                ),
+        messages[..count]
+            .iter()
+            .for_each(|message| sink(message.event()));
+        Ok(count == EVENTS_PER_READ)
+    }
+
+    /// A VMM that clears the descriptor's O_NONBLOCK must not make us wait: its events are read with
+    /// the page states locked.
+    fn read_at_once(&self, messages: &mut [UffdMsg]) -> io::Result<usize> {
+        if self.reads_at_once.load(Ordering::Relaxed) {
+            match uffd_abi::read(&self.fd, messages) {
+                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    self.reads_at_once.store(false, Ordering::Relaxed);
+                }
+                result => return result,
             }
         }
-        Ok(count == EVENTS_PER_READ)
+        // Without O_NONBLOCK the kernel answers with an error here, and nobody waits.
+        let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
+        rustix::event::poll(&mut fds, Some(&Timespec::default()))?;
+        match fds[0].revents() {
+            PollFlags::IN => uffd_abi::read_as_flags_say(&self.fd, messages),
+            none if none.is_empty() => Err(io::Error::from_raw_os_error(libc::EAGAIN)),
+            _ => Err(io::Error::other("the descriptor is no longer usable")),
+        }
     }
 }
 
@@ -295,6 +321,7 @@ fn range_of(region: &Region) -> UffdioRange {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::page_set::PAGE_SIZE;
 
     #[test]
     fn a_short_count_is_progress_and_a_negative_one_is_not() {
@@ -312,6 +339,57 @@ mod tests {
         );
         assert_eq!(sorted(libc::ESRCH, 0), Some(Filled::Gone));
         assert_eq!(sorted(libc::ENOENT, 0), None);
+    }
+
+    /// A VMM that forks hands a descriptor over with each event: none of them is kept.
+    #[test]
+    fn an_event_that_was_not_asked_for_is_told_and_leaves_no_descriptor() {
+        const FEATURE_EVENT_FORK: u64 = 1 << 1;
+        const FORKS: usize = 64;
+        let uffd = Uffd::create().unwrap();
+        // Who may not have it cannot hand it over either.
+        if let Err(error) = uffd_abi::api(&uffd.fd, FEATURE_EVENT_FORK) {
+            assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+            return;
+        }
+        let memory = memmap2::MmapMut::map_anon(PAGE_SIZE).unwrap();
+        let region = Region {
+            host_addr: memory.as_ptr().expose_provenance() as u64,
+            len_bytes: memory.len() as u64,
+            guest_offset_bytes: 0,
+            page_size: 4096,
+        };
+        uffd.register(&region, WriteTracking::Off).unwrap();
+        let userfaultfds = || {
+            let fds = std::fs::read_dir("/proc/self/fd").unwrap();
+            let links = fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+            links
+                .filter(|link| link.as_os_str() == "anon_inode:[userfaultfd]")
+                .count()
+        };
+        let before = userfaultfds();
+        for _ in 0..FORKS {
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    // SAFETY: the child does nothing but end.
+                    let child = unsafe { libc::fork() };
+                    if child == 0 {
+                        // SAFETY: it ends at once, without running anything of its parent's.
+                        unsafe { libc::_exit(0) };
+                    }
+                    // SAFETY: our own child, whose status is not wanted.
+                    unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+                });
+                let mut events = Vec::new();
+                while events.is_empty() {
+                    uffd.read_events(&mut |event| events.push(event)).unwrap();
+                    std::thread::yield_now();
+                }
+                assert!(matches!(events[..], [RawEvent::Unasked { event: 0x13 }]));
+            });
+        }
+        // Those of other tests come and go.
+        assert!(userfaultfds() < before + FORKS / 2);
     }
 
     #[test]

@@ -39,6 +39,7 @@ pub(crate) const FEATURE_WP_ASYNC: u64 = 1 << 15;
 
 const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_REMOVE: u8 = 0x15;
+const EVENT_FORK: u8 = 0x13;
 const PAGEFAULT_FLAG_WRITE: u64 = 1;
 const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
 const PAGEFAULT_FLAG_MINOR: u64 = 1 << 2;
@@ -148,21 +149,32 @@ pub(crate) struct UffdMsg {
 }
 
 impl UffdMsg {
-    /// What it says; `None` for an event that was not asked for.
-    pub(crate) fn event(&self) -> Option<RawEvent> {
+    /// What it says.
+    pub(crate) fn event(&self) -> RawEvent {
         let [first, second, _] = self.arg;
         match self.event {
-            EVENT_PAGEFAULT => Some(RawEvent::Fault {
+            EVENT_PAGEFAULT => RawEvent::Fault {
                 host_addr: second,
                 write: first & PAGEFAULT_FLAG_WRITE != 0,
                 protected: first & PAGEFAULT_FLAG_WP != 0,
                 unmapped: first & PAGEFAULT_FLAG_MINOR != 0,
-            }),
-            EVENT_REMOVE => Some(RawEvent::Remove {
+            },
+            EVENT_REMOVE => RawEvent::Remove {
                 start: first,
                 end: second,
-            }),
-            _ => None,
+            },
+            event => RawEvent::Unasked { event },
+        }
+    }
+
+    /// Closes the descriptor that the kernel has put into our table along with this message.
+    fn close_forked(&self) {
+        if self.event != EVENT_FORK {
+            return;
+        }
+        if let Ok(fd) = RawFd::try_from(self.arg[0] & u64::from(u32::MAX)) {
+            // SAFETY: reading this message installed the descriptor for us; nobody else knows of it.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }
 }
@@ -170,7 +182,7 @@ impl UffdMsg {
 /// An event from its bytes as they are read.
 #[cfg(any(test, feature = "fuzz"))]
 #[cfg(not(feature = "shuttle"))]
-pub(crate) fn event_of(bytes: &[u8; 32]) -> Option<RawEvent> {
+pub(crate) fn event_of(bytes: &[u8; 32]) -> RawEvent {
     let word = |at: usize| {
         let word = bytes[at..].first_chunk::<8>();
         word.map_or(0, |word| u64::from_ne_bytes(*word))
@@ -198,6 +210,10 @@ pub(crate) enum RawEvent {
         start: u64,
         end: u64,
     },
+    /// An event that was not asked for: the VMM has forked, or moved its guest's memory.
+    Unasked {
+        event: u8,
+    },
 }
 
 /// A new userfaultfd, non-blocking, for this process's own memory.
@@ -219,14 +235,37 @@ pub(crate) fn create(flags: libc::c_int) -> Result<OwnedFd, PagerError> {
     }
 }
 
-/// Reads messages that are queued. Returns how many, from the first on, have come.
+/// Reads messages that are queued. Returns how many, from the first on, have come. Never waits for
+/// one, whatever has become of the descriptor's flags: whoever handed it over shares them.
+///
+/// # Errors
+/// `EAGAIN`: there are none. `EOPNOTSUPP`: this kernel reads userfaultfds as the flags say only.
 pub(crate) fn read(fd: &OwnedFd, messages: &mut [UffdMsg]) -> io::Result<usize> {
+    let buffer = libc::iovec {
+        iov_base: messages.as_mut_ptr().cast(),
+        iov_len: size_of_val(messages),
+    };
+    // The offset is that of a file without one.
+    // SAFETY: `buffer` names the messages, all of them and exclusively ours, and every bit pattern is a
+    // valid UffdMsg.
+    let got = unsafe { libc::preadv2(fd.as_raw_fd(), &raw const buffer, 1, -1, libc::RWF_NOWAIT) };
+    received(messages, got)
+}
+
+/// The same where the kernel cannot be told not to wait: only if there are messages, or the flags say
+/// so.
+pub(crate) fn read_as_flags_say(fd: &OwnedFd, messages: &mut [UffdMsg]) -> io::Result<usize> {
     let len_bytes = size_of_val(messages);
     // SAFETY: the buffer is ours, `len_bytes` long, and every bit pattern is a valid UffdMsg.
     let got = unsafe { libc::read(fd.as_raw_fd(), messages.as_mut_ptr().cast(), len_bytes) };
-    usize::try_from(got)
-        .map(|got_bytes| got_bytes / size_of::<UffdMsg>())
-        .map_err(|_| io::Error::last_os_error())
+    received(messages, got)
+}
+
+fn received(messages: &[UffdMsg], got_bytes: libc::ssize_t) -> io::Result<usize> {
+    let got_bytes = usize::try_from(got_bytes).map_err(|_| io::Error::last_os_error())?;
+    let count = got_bytes / size_of::<UffdMsg>();
+    messages[..count].iter().for_each(UffdMsg::close_forked);
+    Ok(count)
 }
 
 /// Agrees on features. Returns those that the kernel offers.
@@ -266,7 +305,7 @@ mod tests {
 
     /// A second opinion on every number in this module.
     #[test]
-    fn numbers_and_layouts_are_those_of_the_kernels_headers() {
+    fn numbers_are_those_of_the_kernels_headers() {
         let ours = [
             UFFDIO_API,
             UFFDIO_REGISTER,
@@ -303,6 +342,7 @@ mod tests {
             REGISTER_MODE_MINOR,
             u64::from(EVENT_PAGEFAULT),
             u64::from(EVENT_REMOVE),
+            u64::from(EVENT_FORK),
         ];
         let theirs = [
             general::UFFD_FEATURE_PAGEFAULT_FLAG_WP,
@@ -321,8 +361,13 @@ mod tests {
             general::UFFDIO_REGISTER_MODE_MINOR,
             general::UFFD_EVENT_PAGEFAULT,
             general::UFFD_EVENT_REMOVE,
+            general::UFFD_EVENT_FORK,
         ];
         assert_eq!(ours, theirs.map(u64::from));
+    }
+
+    #[test]
+    fn layouts_are_those_of_the_kernels_headers() {
         assert_eq!(size_of::<UffdMsg>(), size_of::<general::uffd_msg>());
         assert_eq!(size_of::<UffdioCopy>(), size_of::<general::uffdio_copy>());
         assert_eq!(

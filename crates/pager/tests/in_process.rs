@@ -9,12 +9,13 @@
 
 mod support;
 
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use support::{Content, DEADLINE, Guest, Memory, TestSource, until};
-use torpor_pager::{PageRun, PageSet, PagerError, PagerFailure, WriteTracking};
+use torpor_pager::{PageRun, PageSet, Pager, PagerConfig, PagerError, Uffd, WriteTracking};
 
 const MEMORIES: [Memory; 3] = [Memory::Anonymous, Memory::SharedMemfd, Memory::PrivateMemfd];
 const TRACKINGS: [WriteTracking; 3] = [
@@ -421,23 +422,30 @@ fn an_idle_pager_uses_no_processor_time() {
     });
 }
 
+/// Whoever handed the descriptor over shares its flags, and events are read with the page states
+/// locked. The kernel does not even tell of events then: the guest must be given up, and nobody else be
+/// held up. Fails (hangs) if events are read as the flags say.
 #[test]
-fn a_failure_is_told_to_whoever_waits_and_keeps_its_cause() {
-    // A thread that waits for the lost page hangs until its process is killed, so this memory is
-    // only touched by a prefetch; the fault's own failure is shown with a process of its own.
-    let guest = Guest::new(Memory::Anonymous, 8);
-    let pager = guest.pager(&source(8), WriteTracking::Off, |_| {});
-    let signal = pager.failure();
-    assert!(signal.wait(Duration::from_millis(1)).is_none());
-    let failure = PagerFailure::Source {
-        page: 7,
-        attempts: 4,
-        source: Arc::new(std::io::Error::other("the disk is on fire")),
-    };
-    assert_eq!(
-        failure.to_string(),
-        "guest page 7 could not be read in 4 attempts: the disk is on fire"
+fn a_vmm_that_makes_its_descriptor_blocking_harms_itself_alone() {
+    let guest = Guest::new(Memory::Anonymous, 64);
+    let uffd = Uffd::create().unwrap();
+    uffd.negotiate(WriteTracking::Off).unwrap();
+    uffd.register(&guest.region(), WriteTracking::Off).unwrap();
+    let of_the_vmm = uffd.as_fd().try_clone_to_owned().unwrap();
+    let config = PagerConfig::new(uffd, vec![guest.region()], source(64), guest.backing());
+    let pager = Pager::start(config).unwrap();
+    assert_eq!(guest.read(1), Content::Generation(0));
+    rustix::fs::fcntl_setfl(&of_the_vmm, rustix::fs::OFlags::empty()).unwrap();
+    // Reads events, whatever comes of it.
+    let settled = pager.settle(DEADLINE);
+    assert!(
+        matches!(settled, Ok(()) | Err(PagerError::Failed(_))),
+        "{settled:?}"
     );
+    // Its reader looks when somebody wants it to.
+    pager.prefetch(&[PageRun::new(30, 1)]).unwrap();
+    assert!(pager.stats().faults > 0);
+    pager.shutdown().unwrap();
 }
 
 /// Fails (hangs, until the pager gives up waiting for its reader) if a nudge that ends the reader's

@@ -23,7 +23,9 @@ impl Kernel for SimKernel {
         unreachable!("nobody waits in this model");
     }
 
-    fn nudge(&self) {}
+    fn nudge(&self) {
+        self.0.sim().nudges += 1;
+    }
 
     fn read_events(&self, sink: &mut dyn FnMut(Event)) -> io::Result<bool> {
         let mut sim = self.0.sim();
@@ -54,10 +56,10 @@ impl Kernel for SimKernel {
             // Whatever is written from here on is written to a page that comes after.
             sim.discarded(run);
         }
-        let size = PAGE_SIZE as u64;
+        let (start_byte, end_byte) = sim.ragged_bytes(run);
         sink(Event::Remove {
-            start_byte: run.first_page * size,
-            end_byte: run.end_page() * size,
+            start_byte,
+            end_byte,
         });
         sim.overtake(run);
         Ok(true)
@@ -175,16 +177,18 @@ impl PageSource for SimSource {
 
     fn read(&self, first_page: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.sim().source_reads += 1;
-        if self.0.sim().next_read_fails() {
+        let fails = self.0.sim().next_read_fails();
+        loop {
+            let next = self.0.sim().meanwhile.pop_front();
+            let Some(op) = next else { break };
+            self.0.happen(op);
+        }
+        if fails {
             // What a read that fails leaves behind is nobody's page.
             buf.fill(0xee);
             return Err(io::ErrorKind::Other.into());
         }
         number_pages(first_page, buf);
-        loop {
-            let next = self.0.sim().meanwhile.pop_front();
-            let Some(op) = next else { return Ok(()) };
-            self.0.happen(op);
-        }
+        Ok(())
     }
 }

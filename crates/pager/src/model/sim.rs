@@ -57,6 +57,11 @@ pub(super) enum Op {
     Prefetcher,
     /// The kernel does less than asked for, next time.
     Short,
+    /// The next discard begins and ends inside pages, by so many bytes of each.
+    Ragged {
+        before_bytes: u64,
+        after_bytes: u64,
+    },
     /// The next discarding thread is faster than the reader: it is through, and its guest writes
     /// to this page, between the reader's read of the event and all that follows.
     Hasty {
@@ -122,6 +127,12 @@ pub(super) struct Truth {
     pub(super) removed: bool,
 }
 
+impl Truth {
+    fn be_written(&mut self) {
+        (self.written, self.removed) = (true, false);
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Sim {
     pub(super) shared: bool,
@@ -134,6 +145,7 @@ pub(super) struct Sim {
     pub(super) asleep: Vec<Waiter>,
     pub(super) meanwhile: VecDeque<Op>,
     pub(super) short: bool,
+    pub(super) ragged: (u64, u64),
     pub(super) hasty: Option<u64>,
     pub(super) cached: bool,
     pub(super) paused: bool,
@@ -141,7 +153,9 @@ pub(super) struct Sim {
     /// Reads that are to fail, and the most that were asked for at once.
     pub(super) failing_reads: u32,
     pub(super) failing_reads_most: u32,
+    failed_in_a_row: u32,
     pub(super) writes: u64,
+    pub(super) nudges: u64,
     pub(super) source_reads: u64,
     pub(super) source_asked: u64,
 }
@@ -168,27 +182,33 @@ impl Sim {
             asleep: Vec::new(),
             meanwhile: VecDeque::new(),
             short: false,
+            ragged: (0, 0),
             hasty: None,
             cached: false,
             paused: false,
             gone: false,
             failing_reads: 0,
             failing_reads_most: 0,
+            failed_in_a_row: 0,
             writes: 0,
+            nudges: 0,
             source_reads: 0,
             source_asked: 0,
         }
     }
 
-    /// See [`Op::FailReads`].
+    /// See [`Op::FailReads`]. Not where the last read has failed: as many in a row are to fail.
     pub(super) fn fail_reads(&mut self, reads: u32) {
-        self.failing_reads = reads;
-        self.failing_reads_most = self.failing_reads_most.max(reads);
+        if self.failed_in_a_row == 0 {
+            self.failing_reads = reads;
+            self.failing_reads_most = self.failing_reads_most.max(reads);
+        }
     }
 
     pub(super) fn next_read_fails(&mut self) -> bool {
         let fails = self.failing_reads > 0;
         self.failing_reads = self.failing_reads.saturating_sub(1);
+        self.failed_in_a_row = if fails { self.failed_in_a_row + 1 } else { 0 };
         fails
     }
 
@@ -274,6 +294,26 @@ impl Sim {
                 removed: true,
             };
         }
+    }
+
+    /// The bytes that a discard of these pages names, and what it does to the pages that it covers in
+    /// part: some of their bytes are not what they were.
+    pub(super) fn ragged_bytes(&mut self, run: PageRun) -> (u64, u64) {
+        let size = PAGE_SIZE as u64;
+        let (before_bytes, after_bytes) = std::mem::take(&mut self.ragged);
+        let (mut start, mut end) = (run.first_page * size, run.end_page() * size);
+        let there = |sim: &Self, page: u64| {
+            sim.pages.get(at(page)).is_some_and(Option::is_some) && !sim.in_discard(page)
+        };
+        if before_bytes > 0 && start > 0 && there(self, run.first_page - 1) {
+            start -= before_bytes;
+            self.truth[at(run.first_page - 1)].be_written();
+        }
+        if after_bytes > 0 && there(self, run.end_page()) {
+            end += after_bytes;
+            self.truth[at(run.end_page())].be_written();
+        }
+        (start, end)
     }
 
     /// See [`Op::Hasty`].

@@ -195,7 +195,7 @@ pub struct Guest {
 
 impl Guest {
     /// Memory of huge pages, if the host has that many left: anonymous, or a private mapping of a
-    /// memfd.
+    /// memfd. (Shared, it cannot be served.)
     pub fn of_huge_pages(memory: Memory, pages: u64) -> Option<Self> {
         let len = pages as usize * PAGE_SIZE;
         let rw = ProtFlags::READ | ProtFlags::WRITE;
@@ -206,7 +206,8 @@ impl Guest {
                 // SAFETY: as in `new`.
                 unsafe { rustix::mm::mmap_anonymous(null, len, rw, flags) }
             }
-            _ => {
+            Memory::SharedMemfd => return None,
+            Memory::PrivateMemfd => {
                 let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
                 let memfd = rustix::fs::memfd_create("test-guest-huge", flags).unwrap();
                 rustix::fs::ftruncate(&memfd, len as u64).unwrap();
