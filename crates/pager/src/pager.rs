@@ -277,7 +277,8 @@ impl Pager {
 
     /// Comes to rest, after the vCPUs have been stopped: every queued event is read, every discard
     /// applied and carried out by the kernel, every fault answered. What is left to prefetch is
-    /// dropped. The pager goes on serving afterwards.
+    /// dropped. The pager goes on serving afterwards, and neighbours of the last faults may still come
+    /// in: content of the source, in pages that are not dirty.
     ///
     /// # Errors
     /// [`PagerError::SettleTimeout`] says what is still moving; [`PagerError::Failed`] and

@@ -213,8 +213,7 @@ impl Guest {
 /// page back and writes to it, before the reader, which has read the event, gets to anything else.
 ///
 /// Fails without the registration for unmapped pages (tried: the guest's write is lost, the page
-/// reads as zero). That a late copy is also replaced when its fault comes is not needed here,
-/// where the second punch comes first; it is for a second punch that did not happen.
+/// reads as zero).
 #[test]
 fn a_write_that_overtakes_the_reader_is_not_lost_with_the_late_copy() {
     for tracking in [

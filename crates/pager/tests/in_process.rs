@@ -10,6 +10,7 @@
 mod support;
 
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -420,6 +421,26 @@ fn an_idle_pager_uses_no_processor_time() {
         std::thread::sleep(Duration::from_millis(200));
         before == switches()
     });
+}
+
+/// A device of the VMM's process writes past the guest's mapping. Fails if a page that is in the file
+/// after its discard is taken for a late copy.
+#[test]
+fn what_a_device_writes_into_a_discarded_page_is_kept() {
+    for tracking in TRACKINGS {
+        let guest = Guest::new(Memory::SharedMemfd, 64);
+        let pager = guest.pager(&source(64), tracking, |_| {});
+        assert_eq!(guest.read(7), Content::Generation(0));
+        guest.discard(&pager, 7, 1);
+        let memfd = std::fs::File::from(guest.memfd.as_ref().unwrap().try_clone().unwrap());
+        let words = support::stamp(7, 5).map(u64::to_le_bytes);
+        memfd.write_all_at(words.as_flattened(), 7 * 4096).unwrap();
+        assert_eq!(guest.read(7), Content::Generation(5), "{tracking:?}");
+        pager.settle(DEADLINE).unwrap();
+        if tracking != WriteTracking::Off {
+            assert!(pager.dirty().unwrap().written.contains(7), "{tracking:?}");
+        }
+    }
 }
 
 /// Whoever handed the descriptor over shares its flags, and events are read with the page states
