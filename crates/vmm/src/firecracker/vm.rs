@@ -32,7 +32,7 @@ use crate::firecracker::balloon::{InstalledBalloon, install_balloon};
 use crate::firecracker::binary::{FirecrackerBinary, Version};
 use crate::firecracker::config::{self, names, ram_layout};
 use crate::firecracker::drain::drain_balloon;
-use crate::firecracker::instance::{Instance, REQUEST_DEADLINE};
+use crate::firecracker::instance::Instance;
 use crate::firecracker::memory::locate;
 use crate::machine::{BootSource, MachineConfig, VmmIdentity};
 use crate::memory::{GuestMemory, MemoryMapping, RamSegment};
@@ -85,7 +85,7 @@ pub async fn boot(
         &instance.api,
         binary.version,
         machine.free_page_reporting,
-        REQUEST_DEADLINE,
+        instance.deadlines.request,
     );
     let balloon = instance.explain("install the balloon", balloon).await?;
     instance
@@ -127,7 +127,7 @@ impl FirecrackerVm {
             "mem_file_path": NOWHERE,
         });
         let api = &self.instance.api;
-        let save = api.put("/snapshot/create", &body, REQUEST_DEADLINE);
+        let save = api.put("/snapshot/create", &body, self.instance.deadlines.request);
         let saved = self.instance.explain("save the device state", save).await;
         let reason = match saved {
             Err(VmmError::Api {
@@ -222,14 +222,18 @@ impl Vmm for FirecrackerVm {
 
     async fn resume_vcpus(&self) -> Result<()> {
         if self.instance.state().await? == RUNNING {
+            // It may have been told to, without our hearing of it.
+            self.instance.reach_agent();
             return Ok(());
         }
         let gated = self.instance.version >= RESET_GATE_SINCE;
         if gated && !self.reset_waits.load(Ordering::Relaxed) {
             self.end_connections().await?;
         }
-        self.instance.set_running(true).await?;
+        // Before it is asked: an answer that is lost must not leave an event behind that is the guest's
+        // already. One too many costs a state.
         self.reset_waits.store(false, Ordering::Relaxed);
+        self.instance.set_running(true).await?;
         self.instance.reach_agent();
         Ok(())
     }
