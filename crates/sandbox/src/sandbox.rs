@@ -249,6 +249,12 @@ impl Sandbox {
         self.body.parent.as_ref().map(|parent| parent.build.id())
     }
 
+    /// The end of what its console said.
+    #[must_use]
+    pub fn console_tail(&self) -> String {
+        console_tail(self.body.run_dir.path())
+    }
+
     /// What the pager has done; `None` for a sandbox whose memory nobody serves.
     #[must_use]
     pub fn pager_stats(&self) -> Option<PagerStats> {
