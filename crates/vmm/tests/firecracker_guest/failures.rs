@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::process::{Pid, Signal, kill_process};
@@ -18,7 +18,7 @@ use torpor_vmm::firecracker::{self, Handshake};
 use torpor_vmm::{DrainOutcome, VmmError};
 
 use crate::lab::{Image, Lab, PAGE, binary, capture, reclaim};
-use crate::support::{GUEST_DEADLINE, wait_until_gone};
+use crate::support::{GUEST_DEADLINE, Guest, wait_until_gone};
 
 /// How long a Firecracker that stands still is waited for before it is killed: long enough that the
 /// request has reached it.
@@ -167,6 +167,67 @@ async fn a_resume_whose_pager_stands_still_ends_with_an_error_and_nothing_is_lef
     wait_until_gone(pid).await;
     pager.0.kill().unwrap();
     pager.0.wait().unwrap();
+}
+
+/// How long a drain may take whose pager stands still, …
+const STALLED_DRAIN: Duration = Duration::from_secs(3);
+/// … and any other request then.
+const STALLED_REQUEST: Duration = Duration::from_secs(8);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_whose_pager_stands_still_ends_at_its_ceiling_and_all_goes_on_with_the_pager() {
+    let Some(binary) = binary() else { return };
+    let lab = Lab::new(binary.clone());
+    let (guest, _) = lab.boot(false, "").await;
+    guest.vm.stop_vcpus().await.unwrap();
+    let state = guest.vm.save_state().await.unwrap();
+    let image = capture(&*guest.vm, None);
+    guest.vm.kill().await.unwrap();
+
+    let mut next = Lab::new(binary);
+    next.binary.deadlines.request = STALLED_REQUEST;
+    let disk = next.host.path("layer.img");
+    fs::copy(lab.host.path("layer.img"), disk).unwrap();
+    let mut incoming = next.incoming().await;
+    let pid = incoming.pid();
+    let handshake = incoming.hand_over(&state).await.unwrap();
+    let pager = PagerProcess::start(handshake, pid, &image, &next.host.path("image"));
+    let vm = incoming.finish().await.unwrap();
+    vm.resume_vcpus().await.unwrap();
+    let mut guest = Guest::new(vm);
+    let counted = guest.count().await;
+    reclaim(&mut guest).await;
+
+    // Firecracker's thread waits in its first discard, and answers nothing.
+    send(pager.0.id(), Signal::STOP);
+    let began = Instant::now();
+    let drained = timeout(GUEST_DEADLINE, guest.vm.drain(STALLED_DRAIN, None)).await;
+    let drained = drained.expect("no hang");
+    println!("{drained:?} after {:?}", began.elapsed());
+    assert_eq!(drained.outcome, DrainOutcome::CeilingReached);
+    let stopped = timeout(GUEST_DEADLINE, guest.vm.stop_vcpus()).await;
+    let text = stopped.expect("no hang").unwrap_err().to_string();
+    println!("{text}");
+    assert!(
+        text.contains("PATCH /vm") && text.contains("page faults"),
+        "{text}"
+    );
+    assert!(guest.vm.is_alive());
+
+    send(pager.0.id(), Signal::CONT);
+    let stop = async {
+        // What was asked before is carried out first.
+        while let Err(error) = guest.vm.stop_vcpus().await {
+            println!("not yet: {error}");
+        }
+    };
+    timeout(GUEST_DEADLINE, stop).await.expect("it goes on");
+    assert!(!guest.vm.save_state().await.unwrap().is_empty());
+    guest.vm.resume_vcpus().await.unwrap();
+    assert!(guest.count().await > counted);
+    let drained = guest.vm.drain(GUEST_DEADLINE, None).await;
+    assert_eq!(drained.outcome, DrainOutcome::Done);
+    guest.vm.kill().await.unwrap();
 }
 
 /// A pager in a process of its own, which can be stopped.
