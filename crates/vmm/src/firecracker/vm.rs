@@ -60,6 +60,8 @@ pub(super) struct FirecrackerVm {
     mappings: Vec<MemoryMapping>,
     /// Whether an event that ends its connections waits for the guest.
     reset_waits: AtomicBool,
+    /// Whether the vCPUs were told to stand still since they were last known to run.
+    stands_still: AtomicBool,
 }
 
 /// Boots a machine in `dir`, an empty directory that is its alone. It runs when this returns;
@@ -102,6 +104,7 @@ pub async fn boot(
         instance,
         mappings,
         reset_waits: AtomicBool::new(false),
+        stands_still: AtomicBool::new(false),
     };
     Ok((Box::new(vm), balloon))
 }
@@ -113,6 +116,7 @@ impl FirecrackerVm {
             instance,
             mappings,
             reset_waits: AtomicBool::new(true),
+            stands_still: AtomicBool::new(true),
         }
     }
 
@@ -217,12 +221,14 @@ impl Vmm for FirecrackerVm {
     }
 
     async fn stop_vcpus(&self) -> Result<()> {
+        self.stands_still.store(true, Ordering::Relaxed);
         self.instance.set_running(false).await
     }
 
     async fn resume_vcpus(&self) -> Result<()> {
         if self.instance.state().await? == RUNNING {
             // It may have been told to, without our hearing of it.
+            self.stands_still.store(false, Ordering::Relaxed);
             self.instance.reach_agent();
             return Ok(());
         }
@@ -234,6 +240,7 @@ impl Vmm for FirecrackerVm {
         // already. One too many costs a state.
         self.reset_waits.store(false, Ordering::Relaxed);
         self.instance.set_running(true).await?;
+        self.stands_still.store(false, Ordering::Relaxed);
         self.instance.reach_agent();
         Ok(())
     }
@@ -259,7 +266,13 @@ impl Vmm for FirecrackerVm {
         // One that has ended holds none, which the report says.
         let memory = self.memory().ok();
         let held = Arc::new(move || memory.as_ref().map_or(0, held_bytes));
+        // A start is answered then, and lost, and that the run before is done is still told.
+        let stands_still = self.stands_still.load(Ordering::Relaxed);
+        let ceiling = if stands_still { Duration::ZERO } else { ceiling };
         let mut report = drain_balloon(api, version, ceiling, held, discarded).await;
+        if stands_still {
+            report.outcome = DrainOutcome::Failed("the machine stands still".to_owned());
+        }
         if let (DrainOutcome::Failed(why), Some(exit)) =
             (&mut report.outcome, self.instance.process.exited())
         {

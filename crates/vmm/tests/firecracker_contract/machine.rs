@@ -1,13 +1,13 @@
 //! A machine that was booted or loaded: stopped, told to go on and stored, in any order and whatever
 //! Firecracker answers.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use serde_json::json;
 use tokio::task::JoinSet;
 use torpor_vmm::firecracker::Version;
-use torpor_vmm::{Vmm, VmmError};
+use torpor_vmm::{DrainOutcome, Vmm, VmmError};
 
 use crate::stand_in::{Fault, HandOver, LAST_WORDS, StandIn};
 use crate::{AT_ONCE, SOON, boot, resume};
@@ -107,11 +107,30 @@ async fn a_machine_that_went_on_without_saying_so_is_reached_and_stopped_as_any_
     assert!(stand_in.agent_is_tried_for().await);
 }
 
+#[tokio::test]
+async fn a_start_of_hinting_that_would_be_lost_is_not_taken_for_a_run_that_is_done() {
+    let stand_in = StandIn::new();
+    let (vm, _) = boot(&stand_in).await.unwrap();
+    let drain = async || vm.drain(DRAIN_CEILING, None).await.outcome;
+    assert_eq!(drain().await, DrainOutcome::Done);
+    vm.stop_vcpus().await.unwrap();
+    let asked = stand_in.state().asked();
+    assert!(matches!(drain().await, DrainOutcome::Failed(_)));
+    assert_eq!(stand_in.asked_after(asked), [""; 0]);
+    vm.resume_vcpus().await.unwrap();
+    assert_eq!(drain().await, DrainOutcome::Done);
+    assert_eq!(stand_in.state().runs, 2);
+}
+
+/// For a run that the stand-in has done at once, or never.
+const DRAIN_CEILING: Duration = Duration::from_secs(2);
+
 #[derive(Debug, Clone, Copy)]
 enum Step {
     Stop,
     Resume,
     Save,
+    Drain,
 }
 
 /// A machine's life: where it comes from, and its steps, each with what goes wrong at one of its
@@ -124,7 +143,12 @@ struct Life {
 }
 
 fn any_life() -> impl Strategy<Value = Life> {
-    let step = prop_oneof![Just(Step::Stop), Just(Step::Resume), Just(Step::Save)];
+    let step = prop_oneof![
+        Just(Step::Stop),
+        Just(Step::Resume),
+        Just(Step::Save),
+        Just(Step::Drain),
+    ];
     let fault = (0..4_usize, proptest::sample::select(Fault::ALL.as_slice()));
     let fault = proptest::option::weighted(0.3, fault);
     let releases = [
@@ -164,17 +188,36 @@ fn check_error(error: &VmmError, fault: Fault) {
     }
 }
 
+/// It is done when the guest did it, and one that stands still is not asked.
+fn check_drain(outcome: &DrainOutcome, stand_in: &StandIn, stood: &str, runs: u32, asked: usize) {
+    let requests = stand_in.asked_after(asked);
+    let state = stand_in.state();
+    let is_done = *outcome == DrainOutcome::Done;
+    assert!(!is_done || state.runs > runs, "a run that was never made");
+    assert!(stood == "Running" || requests.is_empty(), "{requests:?}");
+    if requests.is_empty() {
+        assert!(matches!(outcome, DrainOutcome::Failed(_)), "{outcome:?}");
+    } else if state.met.iter().all(|fault| *fault == Fault::Late) {
+        assert!(is_done, "{outcome:?}");
+    }
+}
+
 /// One step, beside what the stand-in knows. False once the machine is dead.
 async fn take(step: Step, vm: &dyn Vmm, stand_in: &StandIn) -> bool {
-    let (asked, stood) = {
+    let (asked, stood, runs) = {
         let state = stand_in.state();
-        (state.asked(), state.state)
+        (state.asked(), state.state, state.runs)
     };
     let began = Instant::now();
     let done = match step {
         Step::Stop => vm.stop_vcpus().await.map(|()| None),
         Step::Resume => vm.resume_vcpus().await.map(|()| None),
         Step::Save => vm.save_state().await.map(Some),
+        Step::Drain => {
+            let outcome = vm.drain(DRAIN_CEILING, None).await.outcome;
+            check_drain(&outcome, stand_in, stood, runs, asked);
+            Ok(None)
+        }
     };
     assert!(began.elapsed() < SOON, "{step:?}");
     let requests = stand_in.asked_after(asked);
@@ -193,6 +236,7 @@ async fn take(step: Step, vm: &dyn Vmm, stand_in: &StandIn) -> bool {
                 assert_eq!(state.state, "Paused");
                 assert_eq!(state_bytes.as_ref(), Some(&state.saved_bytes()));
             }
+            Step::Drain => {}
         },
         (Err(error), Some(fault)) => check_error(error, fault),
         (Err(VmmError::WrongState { .. }), None) => {

@@ -128,6 +128,10 @@ pub(crate) struct State {
     pub(crate) met: Vec<Fault>,
     pub(crate) hand_over: HandOver,
     saved: u32,
+    /// What the host has asked the balloon for last: 1 once a run is done.
+    host_cmd: u32,
+    /// Runs of hinting that the guest has carried out.
+    pub(crate) runs: u32,
     /// The guest will be told that its connections are over.
     pub(crate) reset_waits: bool,
     pub(crate) wrongs: Vec<String>,
@@ -209,6 +213,21 @@ impl State {
                     "app_name": "Firecracker", "from_the_future": [1] }),
             ),
             "PATCH /vm" => self.switch(body),
+            "PATCH /balloon/hinting/start" => {
+                // While it stands still this is answered, and lost.
+                if self.state == "Running" {
+                    (self.host_cmd, self.runs) = (1, self.runs + 1);
+                }
+                Answer::Empty(204)
+            }
+            "PATCH /balloon/hinting/stop" => {
+                self.host_cmd = 0;
+                Answer::Empty(204)
+            }
+            "GET /balloon/hinting/status" => Answer::Json(
+                200,
+                json!({ "host_cmd": self.host_cmd, "guest_cmd": 0, "from_the_future": 1 }),
+            ),
             "PUT /snapshot/create" => self.save(body),
             "PUT /snapshot/load" if !created => self.load(body),
             _ if created => {
@@ -386,6 +405,8 @@ impl StandIn {
             met: Vec::new(),
             hand_over: HandOver::Well,
             saved: 0,
+            host_cmd: 0,
+            runs: 0,
             reset_waits: false,
             wrongs: Vec::new(),
         }));
