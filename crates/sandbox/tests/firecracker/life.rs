@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use torpor_build::{Build, ValidateOptions};
+use torpor_guest::Command;
 use torpor_sandbox::flags::PauseFlags;
 use torpor_sandbox::host::Host;
 use torpor_sandbox::pause::report::PauseStep;
@@ -10,9 +11,10 @@ use torpor_sandbox::pause::{checkpoint, pause};
 use torpor_vmm::DrainOutcome;
 
 use crate::common::{
-    Cleanup, assert_gone, at_step, kill_for_good, lost, pause_request, sh, wait_until,
+    Cleanup, assert_gone, at_step, every_frame, flip, kill_for_good, lost, pause_request, sh,
+    wait_until,
 };
-use crate::lab::{DRAIN_MS, boot_guest, host, paused_exactly, resume_guest, template};
+use crate::lab::{DRAIN_MS, PATIENCE, boot_guest, host, paused_exactly, resume_guest, template};
 
 const CLONES_MAX: usize = 10;
 const CLONES_PER_PROCESSOR: usize = 5;
@@ -214,6 +216,32 @@ async fn a_vmm_killed_as_it_goes_on_leaves_the_build_that_was_just_made() {
         let build = host.storage().open_build(&id).unwrap();
         holds_its_mark(&host, &build, step).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_that_cannot_be_had_kills_the_vmm_and_is_named() {
+    let Some(host) = host().await else { return };
+    let template = template(&host).await;
+    let mut cleanup = Cleanup(host.storage(), Vec::new());
+    let sandbox = resume_guest(&host, &template).await;
+    sh(&sandbox, "head -c 4000000 /dev/urandom > /dev/shm/kept").await;
+    let build = paused_exactly(sandbox, &host, PauseFlags::default()).await;
+    let build = build.build;
+    cleanup.1.push(build.id());
+    let sandbox = resume_guest(&host, &build.id()).await;
+    let path = build.path().join("memory.data");
+    flip(&path, every_frame(&path));
+
+    let reading = Command::shell("cat /dev/shm/kept > /dev/null");
+    let read = sandbox.envd().run(&reading, PATIENCE).await;
+    read.unwrap_err();
+    let (pid, exit) = (sandbox.vmm().pid(), sandbox.vmm().wait_exit().await);
+    assert_eq!(exit.signal, Some(9), "{exit}");
+    let failure = sandbox.pager_failure().unwrap().to_string();
+    println!("{failure}");
+    assert!(failure.contains(path.to_str().unwrap()), "{failure}");
+    drop(sandbox);
+    assert_gone(pid);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -268,7 +268,11 @@ impl Vmm for FirecrackerVm {
         let held = Arc::new(move || memory.as_ref().map_or(0, held_bytes));
         // A start is answered then, and lost, and that the run before is done is still told.
         let stands_still = self.stands_still.load(Ordering::Relaxed);
-        let ceiling = if stands_still { Duration::ZERO } else { ceiling };
+        let ceiling = if stands_still {
+            Duration::ZERO
+        } else {
+            ceiling
+        };
         let mut report = drain_balloon(api, version, ceiling, held, discarded).await;
         if stands_still {
             report.outcome = DrainOutcome::Failed("the machine stands still".to_owned());

@@ -135,23 +135,36 @@ async fn a_firecracker_that_is_killed_at_any_step_of_a_pause_or_a_resume_is_an_e
     drop(pager);
 }
 
+/// How long a load may take whose pager stands still, …
+const STALLED_LOAD: Duration = Duration::from_secs(12);
+/// … a drain, …
+const STALLED_DRAIN: Duration = Duration::from_secs(3);
+/// … and any other request then.
+const STALLED_REQUEST: Duration = Duration::from_secs(6);
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_resume_whose_pager_stands_still_ends_with_an_error_and_nothing_is_left_running() {
+async fn a_pager_that_stands_still_hangs_neither_a_resume_nor_a_drain() {
     let Some(binary) = binary() else { return };
-    let lab = Lab::new(binary.clone());
+    let lab = Lab::new(binary);
     let (guest, _) = lab.boot(false, "").await;
     guest.vm.stop_vcpus().await.unwrap();
     let state = guest.vm.save_state().await.unwrap();
     let image = capture(&*guest.vm, None);
     guest.vm.kill().await.unwrap();
+    over_a_load(&lab, &state, &image).await;
+    over_a_drain(&lab, &state, &image).await;
+}
 
-    let next = Lab::new(binary);
+/// The resume ends with an error, and nothing is left running.
+async fn over_a_load(lab: &Lab, state: &[u8], image: &Image) {
+    let mut next = Lab::new(lab.binary.clone());
+    next.binary.deadlines.load = STALLED_LOAD;
     let mut incoming = next.incoming().await;
     let pid = incoming.pid();
-    let handshake = incoming.hand_over(&state).await.unwrap();
+    let handshake = incoming.hand_over(state).await.unwrap();
     // It can touch nothing before its pager is there, and stopped.
     send(pid, Signal::STOP);
-    let mut pager = PagerProcess::start(handshake, pid, &image, &next.host.path("image"));
+    let mut pager = PagerProcess::start(handshake, pid, image, &next.host.path("image"));
     send(pager.0.id(), Signal::STOP);
     send(pid, Signal::CONT);
     let error = timeout(GUEST_DEADLINE, incoming.finish())
@@ -169,29 +182,16 @@ async fn a_resume_whose_pager_stands_still_ends_with_an_error_and_nothing_is_lef
     pager.0.wait().unwrap();
 }
 
-/// How long a drain may take whose pager stands still, …
-const STALLED_DRAIN: Duration = Duration::from_secs(3);
-/// … and any other request then.
-const STALLED_REQUEST: Duration = Duration::from_secs(8);
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_drain_whose_pager_stands_still_ends_at_its_ceiling_and_all_goes_on_with_the_pager() {
-    let Some(binary) = binary() else { return };
-    let lab = Lab::new(binary.clone());
-    let (guest, _) = lab.boot(false, "").await;
-    guest.vm.stop_vcpus().await.unwrap();
-    let state = guest.vm.save_state().await.unwrap();
-    let image = capture(&*guest.vm, None);
-    guest.vm.kill().await.unwrap();
-
-    let mut next = Lab::new(binary);
+/// The drain ends at its ceiling, a stop fails in time, and all goes on with the pager.
+async fn over_a_drain(lab: &Lab, state: &[u8], image: &Image) {
+    let mut next = Lab::new(lab.binary.clone());
     next.binary.deadlines.request = STALLED_REQUEST;
     let disk = next.host.path("layer.img");
     fs::copy(lab.host.path("layer.img"), disk).unwrap();
     let mut incoming = next.incoming().await;
     let pid = incoming.pid();
-    let handshake = incoming.hand_over(&state).await.unwrap();
-    let pager = PagerProcess::start(handshake, pid, &image, &next.host.path("image"));
+    let handshake = incoming.hand_over(state).await.unwrap();
+    let pager = PagerProcess::start(handshake, pid, image, &next.host.path("image"));
     let vm = incoming.finish().await.unwrap();
     vm.resume_vcpus().await.unwrap();
     let mut guest = Guest::new(vm);
