@@ -26,7 +26,7 @@ use torpor_vmm::{Result, Vmm, VmmError};
 
 use stand_in::{Fault, HandOver, LAST_WORDS, StandIn};
 
-/// Each request has two seconds here.
+/// Each request has three seconds here.
 const SOON: Duration = Duration::from_secs(25);
 /// How many machines are made at once.
 const AT_ONCE: usize = 8;

@@ -29,7 +29,7 @@ const COMMAND_LINE_ADDR: usize = 0x2_0000;
 /// How long the process may take to come up, and for what it is told.
 const PROCESS_DEADLINE: Duration = Duration::from_secs(60);
 /// A request is answered at once or never here; the host may be slow.
-const DEADLINE: Duration = Duration::from_secs(2);
+const DEADLINE: Duration = Duration::from_secs(3);
 /// A limit that says *never*.
 pub(crate) const NEVER: Duration = Duration::from_secs(60);
 /// Longer than a try for the guest's agent takes, after which it is tried again.
@@ -527,22 +527,24 @@ impl StandIn {
 }
 
 /// A program that becomes this one, as the stand-in's process, whatever its arguments are. Written
-/// before anything is started, so that no child can have it open.
+/// once, before anything is started, so that no child can have it open; it stays with what was built.
 fn program() -> &'static Path {
-    static PROGRAM: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
-    let (_, path) = PROGRAM.get_or_init(|| {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("firecracker");
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
         let us = std::env::current_exe().unwrap();
         let script = format!(
             "#!/bin/sh\nexport {PROCESS_ENV}=1\nexec '{}' --exact stand_in --ignored --nocapture\n",
             us.display()
         );
-        fs::write(&path, script).unwrap();
-        fs::set_permissions(&path, Permissions::from_mode(0o700)).unwrap();
-        (dir, path)
-    });
-    path
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let path = dir.join(us.file_name().unwrap());
+        // Whole for whoever runs the same tests at the same time.
+        let mut file = tempfile::NamedTempFile::new_in(dir).unwrap();
+        file.write_all(script.as_bytes()).unwrap();
+        fs::set_permissions(file.path(), Permissions::from_mode(0o700)).unwrap();
+        drop(file.persist(&path).unwrap());
+        path
+    })
 }
 
 /// The process: has the guest's memory, and does what it is told.
