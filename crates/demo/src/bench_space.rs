@@ -65,15 +65,15 @@ impl BenchSpace {
     ///
     /// # Errors
     /// What is missing and what to do about it.
-    pub async fn host(&self, vmm: Option<VmmKind>) -> Result<Host> {
+    pub async fn host(&self, vmm: VmmOptions) -> Result<Host> {
         let flags = self.file("flags.json");
         fs::write(&flags, FLAGS).with_context(|| format!("cannot write {}", flags.display()))?;
         let options = HostOptions {
             storage: self.file("storage"),
             flags: Some(flags),
             vmm: VmmOptions {
-                kind: Some(vmm.unwrap_or(VmmKind::Qemu)),
-                ..VmmOptions::default()
+                kind: vmm.kind.or(Some(VmmKind::Qemu)),
+                ..vmm
             },
             ..HostOptions::default()
         };

@@ -13,6 +13,7 @@ use crate::error::StartError;
 use crate::flags::FlagSubject;
 use crate::host::Host;
 use crate::initramfs;
+use crate::metrics;
 use crate::progress::Progress;
 use crate::rootfs::{self, RootImage};
 use crate::sandbox::{DISK_FILE, Memory, Parts, Sandbox, Starting};
@@ -51,6 +52,12 @@ pub struct BootRequest {
 /// [`StartError`] names what is missing or went wrong, with the console's last lines where the
 /// guest did not come up.
 pub async fn boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartError> {
+    let booted = Box::pin(try_boot(host, request)).await;
+    metrics::booted(&booted);
+    booted
+}
+
+async fn try_boot(host: &Host, request: BootRequest) -> Result<Sandbox, StartError> {
     let mut assets = Assets::find(None, &request.kernel)?;
     if let Some(agent) = host.agent() {
         assets.envd = agent.to_path_buf();

@@ -33,8 +33,8 @@ const GUEST_PAGE_BYTES: u32 = 4096;
 
 /// The VMM.
 pub(crate) enum Incoming {
-    Qemu(IncomingVm),
-    Firecracker(IncomingFirecracker),
+    Qemu(Box<IncomingVm>),
+    Firecracker(Box<IncomingFirecracker>),
 }
 
 /// A VMM that waits, and memory that is ready. The VMM goes first.
@@ -79,7 +79,7 @@ pub(crate) async fn prepare(
             let vmm_started = Instant::now();
             let (memory, eager) = memory_of_qemu(host, parent, &incoming, ahead, options).await?;
             Ok(Ready {
-                incoming: Incoming::Qemu(incoming),
+                incoming: Incoming::Qemu(Box::new(incoming)),
                 memory,
                 eager,
                 vmm_started,
@@ -101,7 +101,7 @@ pub(crate) async fn prepare(
             };
             let pager = start_pager(parent, served, ahead)?;
             Ok(Ready {
-                incoming: Incoming::Firecracker(incoming),
+                incoming: Incoming::Firecracker(Box::new(incoming)),
                 memory: Memory::Lazy(Arc::new(pager)),
                 eager: None,
                 vmm_started,

@@ -19,6 +19,7 @@ pub mod host;
 mod incoming;
 pub mod initramfs;
 pub mod inspect;
+pub mod metrics;
 pub mod pause;
 mod physical;
 pub mod progress;

@@ -27,6 +27,7 @@ use crate::disk;
 use crate::error::StartError;
 use crate::host::Host;
 use crate::incoming::{self, Ready};
+use crate::metrics;
 use crate::progress::Progress;
 use crate::sandbox::{DISK_FILE, Parent, Parts, Sandbox, Starting, new_name};
 use crate::spec::{GuestSpec, identity_of};
@@ -76,6 +77,16 @@ pub struct ResumeReport {
 /// # Errors
 /// [`StartError`]; nothing is left behind.
 pub async fn resume(
+    host: &Host,
+    id: &BuildId,
+    options: &ResumeOptions,
+) -> Result<(Sandbox, ResumeReport), StartError> {
+    let resumed = Box::pin(try_resume(host, id, options)).await;
+    metrics::resumed(&resumed);
+    resumed
+}
+
+async fn try_resume(
     host: &Host,
     id: &BuildId,
     options: &ResumeOptions,

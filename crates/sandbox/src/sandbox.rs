@@ -30,6 +30,7 @@ use crate::capture::{CapturePlan, CapturedMemory, Changes, page_run, present_pag
 use crate::error::{StartError, StepError};
 use crate::host::Patience;
 use crate::inspect::{LAYOUT_KEY, MemoryLayout, RunRecord, started_at};
+use crate::metrics;
 use crate::pause::report::PauseReport;
 use crate::physical::{Content, StoppedMemory, Walked};
 use crate::scan::{self, Permission, ScanReport};
@@ -57,6 +58,14 @@ pub(crate) enum Memory {
     Eager,
     /// Served on demand: the pager knows what was written and removed.
     Lazy(Arc<Pager>),
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Self::Lazy(pager) = self {
+            metrics::pager_ended(&pager.stats());
+        }
+    }
 }
 
 impl Memory {
@@ -238,6 +247,12 @@ impl Sandbox {
     #[must_use]
     pub fn parent_id(&self) -> Option<BuildId> {
         self.body.parent.as_ref().map(|parent| parent.build.id())
+    }
+
+    /// The end of what its console said.
+    #[must_use]
+    pub fn console_tail(&self) -> String {
+        console_tail(self.body.run_dir.path())
     }
 
     /// What the pager has done; `None` for a sandbox whose memory nobody serves.

@@ -13,8 +13,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use common::{
-    Cleanup, CopiedStorage, assert_gone, flip, host, lost, pause_into_new, resume_build, sh,
-    storage_dir, template, try_pause,
+    Cleanup, CopiedStorage, assert_gone, every_frame, flip, host, lost, pause_into_new,
+    resume_build, sh, storage_dir, template, try_pause,
 };
 use torpor_build::{Build, BuildId, BuildInfo, ImageKind, PageContent};
 use torpor_sandbox::error::StartError;
@@ -22,9 +22,6 @@ use torpor_sandbox::flags::PauseFlags;
 use torpor_sandbox::host::{Host, HostOptions};
 use torpor_sandbox::resume::{ResumeOptions, resume};
 use torpor_sandbox::vmm::{VmmKind, VmmOptions};
-
-/// Where a data file's frames begin, at the latest: everything before is its header.
-const FRAMES_FROM: u64 = 4096;
 
 /// The error of a resume that must fail, and leave no sandbox.
 async fn refused(host: &Host, id: &BuildId, options: &ResumeOptions) -> StartError {
@@ -90,12 +87,6 @@ async fn damaged_memory_ends_the_resume_with_file_and_offset_lazily_and_eagerly(
         assert!(error.contains(path.to_str().unwrap()), "{error}");
         assert!(error.contains("is damaged at byte"), "{error}");
     }
-}
-
-/// Places in every frame of a data file, but not in its table at the end.
-fn every_frame(path: &std::path::Path) -> impl Iterator<Item = u64> + use<> {
-    let len = std::fs::metadata(path).unwrap().len();
-    (FRAMES_FROM..len * 9 / 10).step_by(512)
 }
 
 #[tokio::test(flavor = "multi_thread")]

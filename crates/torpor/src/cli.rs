@@ -2,7 +2,7 @@
 //!
 //! Nothing is done here; `main.rs` maps a parsed command to its file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use torpor_build::{BuildId, Digest, Name};
@@ -100,6 +100,17 @@ pub(crate) enum Command {
     Pager(PagerArgs),
 }
 
+impl Command {
+    /// The file that metrics go to at its end.
+    pub(crate) fn metrics(&self) -> Option<&Path> {
+        match self {
+            Self::CreateBuild(args) => args.run.metrics.as_deref(),
+            Self::ResumeBuild(args) => args.run.metrics.as_deref(),
+            _ => None,
+        }
+    }
+}
+
 const PAGER_EXAMPLES: &str = "\
 A VMM that connects sends its memory regions as JSON, and its userfaultfd beside them. It is served
 until its process ends. One that cannot be served any more is killed, and so are all of them when
@@ -185,6 +196,11 @@ pub(crate) struct RunArgs {
     /// hosts on which everything is slow
     #[arg(long, value_name = "S", env = "TORPOR_GUEST_PATIENCE", value_parser = clap::value_parser!(u64).range(1..=GUEST_PATIENCE_S_MAX))]
     pub(crate) guest_patience: Option<u64>,
+
+    /// At the end, failure included, write what this command's sandboxes did as Prometheus text: for
+    /// node_exporter's textfile collector, so name it *.prom
+    #[arg(long, value_name = "FILE")]
+    pub(crate) metrics: Option<PathBuf>,
 
     /// How written pages are tracked in a resumed guest
     #[arg(long, value_enum, default_value_t = Tracking::Auto, env = "TORPOR_WRITE_TRACKING")]

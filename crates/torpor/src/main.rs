@@ -25,6 +25,7 @@ mod inspect_memory;
 mod interrupt;
 mod list_builds;
 mod memory_map;
+mod metrics_file;
 mod output;
 mod page_map;
 mod pager;
@@ -47,6 +48,7 @@ use crate::cli::{Cli, Command};
 use crate::context::Context;
 use crate::error::CliError;
 use crate::interrupt::Awaited;
+use crate::metrics_file::MetricsFile;
 use crate::output::Output;
 
 /// Longest wait, after the command has ended, for threads that still write or read a file for it.
@@ -70,6 +72,7 @@ fn main() -> ExitCode {
 /// Runs the command to whatever end, and cleans up after it.
 fn execute(cli: Cli, output: Output) -> Result<(), CliError> {
     let context = Context::new(output, cli.storage)?;
+    let metrics = cli.command.metrics().map(MetricsFile::begin).transpose()?;
     let runtime = Runtime::new().map_err(CliError::system("start threads"))?;
     let pause_signal = match &cli.command {
         Command::ResumeBuild(args) => args.signal_pause,
@@ -90,9 +93,18 @@ fn execute(cli: Cli, output: Output) -> Result<(), CliError> {
     runtime.shutdown_timeout(BLOCKING_WORK_MAX);
     awaited.set("the deletion of builds that were not finished");
     let kept = context.clean_up();
-    match done {
-        Err(CliError::Interrupted { signal, .. }) => Err(CliError::Interrupted { signal, kept }),
-        done => done,
+    let written = metrics.map_or(Ok(()), |metrics| metrics.write());
+    match (done, written) {
+        (Ok(()), written) => written,
+        (Err(failed), written) => {
+            if let Err(error) = written {
+                output.note(&format!("torpor: {error}"));
+            }
+            Err(match failed {
+                CliError::Interrupted { signal, .. } => CliError::Interrupted { signal, kept },
+                failed => failed,
+            })
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::io::{self, IsTerminal as _, Write as _};
+use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -153,6 +154,15 @@ pub(crate) fn ms(ms: f64) -> String {
     } else {
         format!("{:.2} s", ms / 1000.0)
     }
+}
+
+/// Writes a file whole or not at all: whoever looks sees it, or what was there before.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    std::fs::write(&beside, bytes)?;
+    // Losing it in a power cut is no loss: it tells of processes that are gone then.
+    Ok(rustix::fs::rename(Path::new(&beside), path)?)
 }
 
 /// `83.5 MiB`.

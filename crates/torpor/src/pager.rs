@@ -15,7 +15,7 @@ use torpor_sandbox::ImageSource;
 use crate::cli::PagerArgs;
 use crate::context::{Context, blocking};
 use crate::error::{CliError, named_file};
-use crate::output::mib;
+use crate::output::{mib, write_whole};
 
 pub(crate) async fn run(context: &Context, args: PagerArgs) -> Result<(), CliError> {
     named_file("memory file", args.memfile.as_deref())?;
@@ -147,13 +147,8 @@ fn source(storage: Option<&Storage>, args: &PagerArgs) -> Result<Content, CliErr
     Ok((Arc::new(file), len_pages, Vec::new()))
 }
 
-/// Whole or not at all: whoever looks sees the last report or the one before.
 fn write_report(path: &Path, report: &ServerReport) -> io::Result<()> {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".new");
-    std::fs::write(&beside, serde_json::to_vec_pretty(report)?)?;
-    // Losing it in a power cut is no loss: it tells of processes that are gone then.
-    Ok(rustix::fs::rename(Path::new(&beside), path)?)
+    write_whole(path, &serde_json::to_vec_pretty(report)?)
 }
 
 fn text(report: &ServerReport) -> String {

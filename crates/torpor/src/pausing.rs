@@ -122,6 +122,7 @@ mod tests {
             flags: None,
             vmm: VmmArgs::default(),
             guest_patience: None,
+            metrics: None,
             write_tracking: Tracking::Auto,
         };
         let by_flags = PauseFlags {

@@ -287,6 +287,7 @@ fn files_that_are_named_and_missing_are_said_so() {
         ("--qemu", "QEMU"),
         ("--firecracker", "Firecracker"),
         ("--flags", "flag file"),
+        ("--metrics", "metrics' file"),
         ("--rootfs", "root file"),
     ] {
         place

@@ -134,6 +134,7 @@ fn resume(built: &str) {
     ]);
     assert!(said.starts_with("made\n"), "{said}");
     let line = "echo kept | tee /dev/shm/kept > /root/kept";
+    let metrics = storage_dir().with_extension("prom");
     let paused = json(&[
         "resume-build",
         "--from-build",
@@ -143,11 +144,24 @@ fn resume(built: &str) {
         "--reclaim",
         "--fph-timeout-ms",
         "60000",
+        "--metrics",
+        metrics.to_str().unwrap(),
         "--json",
     ]);
     let pause = &paused["pause"];
     assert_eq!(pause["drain"]["outcome"], "done", "{pause}");
     assert!(pause["drain_removes"].as_u64().unwrap() > 0, "{pause}");
+    let text = std::fs::read_to_string(&metrics).unwrap();
+    std::fs::remove_file(&metrics).unwrap();
+    for line in [
+        "torpor_drains_total{outcome=\"done\"} 1".to_owned(),
+        format!(
+            "torpor_drain_remove_events_total {}",
+            pause["drain_removes"]
+        ),
+    ] {
+        assert!(text.lines().any(|one| one == line), "no {line} in:\n{text}");
+    }
     let id = paused["to_build"].as_str().unwrap();
     let line = "cat /dev/shm/kept /root/kept";
     let said = succeeds(&["resume-build", "--from-build", id, "--cmd", line]);

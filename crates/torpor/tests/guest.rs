@@ -228,6 +228,8 @@ fn templates_and_layers(place: &Place) {
     ]);
     let base = id_of(&made, "build");
     assert_eq!(made["parent"], Value::Null);
+    let metrics = place.dir.path().join("torpor.prom");
+    let metrics_arg = metrics.to_str().unwrap();
     let made = place.json(&[
         "--json",
         "create-build",
@@ -240,8 +242,11 @@ fn templates_and_layers(place: &Place) {
         "--reclaim",
         "--fph-timeout-ms",
         "1500",
+        "--metrics",
+        metrics_arg,
     ]);
     assert_eq!(made["parent"], base.as_str());
+    the_metrics_are_the_reports(&metrics, &made["pause"]);
     // A template whose set-up fails is none.
     let done = place.run(&[
         "create-build",
@@ -251,11 +256,69 @@ fn templates_and_layers(place: &Place) {
         "base",
         "--setup-cmd",
         "exit 9",
+        "--metrics",
+        metrics_arg,
     ]);
     assert_eq!(done.code, 5, "{}", done.stderr);
+    let text = fs::read_to_string(&metrics).unwrap();
+    has_line(&text, "torpor_resumes_total{outcome=\"resumed\"} 1");
+    assert!(!text.contains("torpor_pauses_total{"), "{text}");
     assert!(done.stderr.contains("--setup-cmd") && done.stderr.contains("exit status 9"));
     assert_eq!(place.builds(), 2);
     place.nothing_is_left();
+}
+
+#[track_caller]
+fn has_line(text: &str, line: &str) {
+    assert!(text.lines().any(|one| one == line), "no {line} in:\n{text}");
+}
+
+fn the_metrics_are_the_reports(metrics: &Path, pause: &Value) {
+    let text = fs::read_to_string(metrics).unwrap();
+    let drained = match pause["drain"]["outcome"].as_str() {
+        Some("ceiling_reached") => "timeout",
+        outcome => outcome.unwrap(),
+    };
+    has_line(&text, "torpor_resumes_total{outcome=\"resumed\"} 1");
+    has_line(
+        &text,
+        "torpor_pauses_total{kind=\"pause\",outcome=\"stored\"} 1",
+    );
+    has_line(
+        &text,
+        &format!("torpor_drains_total{{outcome=\"{drained}\"}} 1"),
+    );
+    let figures = [
+        (
+            "torpor_stored_bytes_total{image=\"memory\"}",
+            &pause["memory"]["raw_bytes"],
+        ),
+        (
+            "torpor_drain_released_bytes_total",
+            &pause["drain"]["released_bytes"],
+        ),
+        (
+            "torpor_drain_discarded_bytes_total",
+            &pause["drain"]["discarded_bytes"],
+        ),
+        ("torpor_drain_remove_events_total", &pause["drain_removes"]),
+    ];
+    for (name, figure) in figures {
+        has_line(&text, &format!("{name} {figure}"));
+    }
+    for step in pause["steps"].as_array().unwrap() {
+        let step = step["step"].as_str().unwrap();
+        has_line(
+            &text,
+            &format!("torpor_pause_step_seconds_count{{step=\"{step}\"}} 1"),
+        );
+    }
+    let faults = text
+        .lines()
+        .find_map(|line| line.strip_prefix("torpor_pager_faults_total "));
+    assert!(faults.unwrap().parse::<u64>().unwrap() > 0, "{text}");
+    has_line(&text, "# TYPE torpor_pause_seconds histogram");
+    assert!(!metrics.with_extension("prom.new").exists());
 }
 
 fn commands(place: &Place) {

@@ -36,7 +36,7 @@ mod vm;
 
 pub use api::{Api, ApiError};
 pub use balloon::{InstalledBalloon, install_balloon};
-pub use binary::{FirecrackerBinary, Version};
+pub use binary::{Deadlines, FirecrackerBinary, Version};
 pub use config::{AGENT_VSOCK_PORT, kernel_command_line};
 pub use drain::{HeldBytes, drain_balloon};
 pub use handshake::Handshake;

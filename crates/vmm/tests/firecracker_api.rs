@@ -12,7 +12,7 @@ mod firecracker_peer;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use firecracker_peer::{Answer, Peer};
+use firecracker_peer::{Answer, Peer, refusal};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use torpor_vmm::DrainOutcome;
@@ -22,10 +22,6 @@ const DEADLINE: Duration = Duration::from_secs(20);
 const START: &str = "PATCH /balloon/hinting/start";
 const STATUS: &str = "GET /balloon/hinting/status";
 const STOP: &str = "PATCH /balloon/hinting/stop";
-
-fn refusal(words: &str) -> Answer {
-    Answer::Json(400, json!({ "fault_message": words }))
-}
 
 fn status(host_cmd: u32, guest_cmd: impl Into<Value>) -> Answer {
     Answer::Json(

@@ -25,6 +25,7 @@ use torpor_demo::report::{self, write_json};
 use torpor_demo::templates::Templates;
 use torpor_demo::watch::Watch;
 use torpor_sandbox::host::Host;
+use torpor_sandbox::vmm::VmmOptions;
 
 /// The templates, the sizes and the lazily resumed guest, the fragmented guests, the warm resumes, the
 /// peers' two guests.
@@ -80,7 +81,7 @@ async fn main() -> ExitCode {
 
 async fn run(args: Args) -> Result<bool> {
     let space = BenchSpace::open(&args.out)?;
-    let host = space.host(None).await?;
+    let host = space.host(VmmOptions::default()).await?;
     let report = Box::pin(measure(&host, &space.file(""), args.iterations)).await?;
     let json = args.json.unwrap_or_else(|| space.file("report.json"));
     write_json(&report, &json)?;

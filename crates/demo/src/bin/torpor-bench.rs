@@ -22,6 +22,7 @@ use torpor_demo::targets::{Target, resume_targets, targets};
 use torpor_demo::templates::Templates;
 use torpor_demo::watch::Watch;
 use torpor_sandbox::host::Host;
+use torpor_sandbox::vmm::VmmOptions;
 
 /// Three templates, three stages for each of two arms, the series, the clones, and the baseline's two.
 const STAGES: u64 = 3 + 2 * 3 + Mode::ALL.len() as u64 + 1 + 2;
@@ -87,7 +88,7 @@ async fn main() -> ExitCode {
 
 async fn run(args: Args) -> Result<bool> {
     let space = BenchSpace::open(&args.out)?;
-    let host = space.host(None).await?;
+    let host = space.host(VmmOptions::default()).await?;
     let watch = Watch::new(STAGES);
     let arms = run_arms(&host, &watch).await?;
     let [plain, lean] = &arms;

@@ -19,7 +19,7 @@ use torpor_demo::templates::Templates;
 use torpor_demo::watch::Watch;
 use torpor_demo::{elapsed_ms, picture};
 use torpor_sandbox::host::Host;
-use torpor_sandbox::vmm::VmmKind;
+use torpor_sandbox::vmm::{VmmKind, VmmOptions};
 use torpor_workload::Check;
 
 /// Three templates, three stages for each arm, and the clones.
@@ -40,6 +40,10 @@ struct Args {
     /// Which VMM runs the guests: qemu or firecracker [default: qemu, for figures to compare]
     #[arg(long, value_name = "VMM")]
     vmm: Option<VmmKind>,
+
+    /// The Firecracker to use, 1.10 or newer [default: firecracker from PATH]
+    #[arg(long, value_name = "PATH", env = "TORPOR_FIRECRACKER")]
+    firecracker: Option<PathBuf>,
 }
 
 #[tokio::main]
@@ -50,7 +54,12 @@ async fn main() -> ExitCode {
 async fn run(args: Args) -> Result<bool> {
     let started = Instant::now();
     let space = BenchSpace::open(&args.out)?;
-    let host = space.host(args.vmm).await?;
+    let vmm = VmmOptions {
+        kind: args.vmm,
+        firecracker: args.firecracker,
+        ..VmmOptions::default()
+    };
+    let host = space.host(vmm).await?;
     let watch = Watch::new(STAGES);
     let templates = Templates::build(&host, &watch).await?;
     let (arms, before) = run_arms(&host, &templates, &watch).await?;

@@ -41,6 +41,7 @@ use torpor_build::{Build, BuildId, Name};
 use crate::error::StepError;
 use crate::flags::PauseFlags;
 use crate::host::Host;
+use crate::metrics::{self, Kind};
 use crate::progress::Progress;
 use crate::sandbox::Sandbox;
 use report::{PauseReport, PauseStep};
@@ -137,8 +138,16 @@ pub async fn pause(
     host: &Host,
     request: PauseRequest,
 ) -> Result<Paused, PauseFailure> {
-    let written = write(sandbox, host, request).await?;
-    Ok(written.commit().await?.end().await)
+    let paused = async {
+        let written = write(sandbox, host, request).await?;
+        Ok(written.commit().await?.end().await)
+    };
+    let paused = paused.await;
+    metrics::paused(
+        Kind::Pause,
+        paused.as_ref().map(|paused: &Paused| &paused.report),
+    );
+    paused
 }
 
 /// Stores a sandbox as a new build and lets it go on.
@@ -151,8 +160,14 @@ pub async fn checkpoint(
     host: &Host,
     request: PauseRequest,
 ) -> Result<Checkpointed, PauseFailure> {
-    let written = write(sandbox, host, request).await?;
-    written.go_on().await.commit().await
+    let stored = async {
+        let written = write(sandbox, host, request).await?;
+        written.go_on().await.commit().await
+    };
+    let stored = stored.await;
+    let report = stored.as_ref().map(|stored: &Checkpointed| &stored.report);
+    metrics::paused(Kind::Checkpoint, report);
+    stored
 }
 
 /// What a pause and a checkpoint have in common: to the build that is written and not durable.

@@ -17,6 +17,7 @@ use crate::capture::{CapturedMemory, Changes};
 use crate::disk;
 use crate::error::StepError;
 use crate::host::Host;
+use crate::metrics;
 use crate::progress::StepGuard;
 use crate::sandbox::{Parent, Sandbox, SharedTracker, background, release};
 use crate::scan::{Permission, ScanReport};
@@ -62,11 +63,9 @@ impl Course {
         if let Some(why) = &skipped {
             tracing::info!(%step, %why, "not done");
         }
-        self.steps.push(StepTime {
-            step,
-            ms: ms(since.elapsed()),
-            skipped,
-        });
+        let ms = ms(since.elapsed());
+        metrics::paused_step(step, ms);
+        self.steps.push(StepTime { step, ms, skipped });
     }
 
     /// The sandbox goes on as before: vCPUs, then the user's processes.
@@ -226,6 +225,7 @@ impl Reclaimed {
             let incomplete = !report.outcome.is_complete();
             let why = incomplete.then(|| report.outcome.to_string());
             course.note(PauseStep::Drain, since, why);
+            metrics::drained(&report, course.drain_removes);
             course.drain = Some(report);
         }
         let since = Instant::now();
@@ -570,9 +570,11 @@ impl Written {
         drop(guard);
         match committed {
             Ok(build) => {
+                let took = ms(since.elapsed());
+                metrics::paused_step(PauseStep::Commit, took);
                 report.steps.push(StepTime {
                     step: PauseStep::Commit,
-                    ms: ms(since.elapsed()),
+                    ms: took,
                     skipped: None,
                 });
                 report.durable_ms = ms(stopped_at.elapsed());

@@ -323,6 +323,15 @@ pub(crate) fn copy_dir(from: &Path, to: &Path) {
     }
 }
 
+/// Where a data file's frames begin, at the latest: everything before is its header.
+const FRAMES_FROM: u64 = 4096;
+
+/// Places in every frame of a data file, but not in its table at the end.
+pub(crate) fn every_frame(path: &Path) -> impl Iterator<Item = u64> + use<> {
+    let len = std::fs::metadata(path).unwrap().len();
+    (FRAMES_FROM..len * 9 / 10).step_by(512)
+}
+
 /// Turns over a bit of every byte at `offsets`, in place.
 pub(crate) fn flip(path: &Path, offsets: impl Iterator<Item = u64>) {
     use std::os::unix::fs::FileExt as _;
@@ -338,14 +347,30 @@ pub(crate) fn flip(path: &Path, offsets: impl Iterator<Item = u64>) {
     }
 }
 
+/// All that can be known of a guest that does not answer. Its VMM is ended for its own last words.
+pub(crate) async fn last_words(sandbox: &Sandbox) -> String {
+    let (vmm, console) = (sandbox.vmm(), sandbox.console_tail());
+    let (pid, lived) = (vmm.pid(), vmm.is_alive());
+    let exit = match vmm.kill().await {
+        Ok(exit) => exit.to_string(),
+        Err(error) => error.to_string(),
+    };
+    format!(
+        "the VMM {pid} {}: it {exit}\nthe pager: {:?}, {:?}\nthe console's end:\n{console}",
+        if lived { "lived" } else { "was dead" },
+        sandbox.pager_failure(),
+        sandbox.pager_stats(),
+    )
+}
+
 /// Runs a shell line in the guest; it must succeed. What it printed.
 pub(crate) async fn sh(sandbox: &Sandbox, line: &str) -> String {
     let command = torpor_guest::Command::shell(line);
-    let output = sandbox
-        .envd()
-        .run(&command, std::time::Duration::from_secs(240))
-        .await
-        .unwrap_or_else(|error| panic!("{line}: {error}"));
+    let run = sandbox.envd().run(&command, Duration::from_secs(240));
+    let output = match run.await {
+        Ok(output) => output,
+        Err(error) => panic!("{line}: {error}\n{}", last_words(sandbox).await),
+    };
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.exit.success(), "{line}: {:?} {stderr}", output.exit);
     String::from_utf8(output.stdout).unwrap().trim().to_owned()

@@ -6,6 +6,7 @@
 use std::env;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +76,37 @@ pub struct FirecrackerBinary {
     pub release: String,
     /// How its machines are locked up, if they are: for the caller to set.
     pub jail: Option<Jail>,
+    /// How long its machines may take to answer: for the caller to change.
+    pub deadlines: Deadlines,
+}
+
+/// How long a Firecracker may take for what it is asked, before that is an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deadlines {
+    /// Any request but a load: all of them are answered in milliseconds.
+    pub request: Duration,
+    /// Until its API is up: a few milliseconds on an idle host.
+    pub api_up: Duration,
+    /// From the request to load a state to its userfaultfd.
+    pub handshake: Duration,
+    /// A load: milliseconds, and what its page faults take.
+    pub load: Duration,
+    /// The wait for the reason when a request breaks: a Firecracker that ends closes its socket some
+    /// milliseconds before it is reaped.
+    pub last_words: Duration,
+}
+
+impl Default for Deadlines {
+    /// Long enough for a host that is overloaded, short enough for a person.
+    fn default() -> Self {
+        Self {
+            request: Duration::from_secs(30),
+            api_up: Duration::from_secs(30),
+            handshake: Duration::from_secs(30),
+            load: Duration::from_secs(60),
+            last_words: Duration::from_secs(2),
+        }
+    }
 }
 
 impl FirecrackerBinary {
@@ -116,6 +148,7 @@ impl FirecrackerBinary {
             version,
             release,
             jail: None,
+            deadlines: Deadlines::default(),
         })
     }
 

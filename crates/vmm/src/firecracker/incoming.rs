@@ -13,10 +13,9 @@
 //! before it waits for the load.
 
 use std::path::Path;
-use std::time::Duration;
 
 use serde_json::json;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinSet};
 
 use crate::error::{Result, VmmError};
 use crate::firecracker::api::ApiError;
@@ -29,17 +28,14 @@ use crate::machine::{MachineConfig, VmmIdentity};
 use crate::memory::MemoryMapping;
 use crate::vmm::{Vmm, VmmExit};
 
-/// How long a load may take: milliseconds, and what its page faults take.
-const LOAD_DEADLINE: Duration = Duration::from_secs(60);
-/// How long Firecracker may take from the request to its userfaultfd.
-const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(30);
-
 /// A Firecracker that waits for a device state. Dropping it kills it.
 #[derive(Debug)]
 pub struct IncomingFirecracker {
     instance: Instance,
     socket: HandshakeSocket,
-    load: Option<JoinHandle<std::result::Result<(), ApiError>>>,
+    /// The load, once it was asked for. It ends with this: its socket's descriptor is closed then, and
+    /// the number may be another machine's next.
+    load: JoinSet<std::result::Result<(), ApiError>>,
     mappings: Vec<MemoryMapping>,
 }
 
@@ -61,7 +57,7 @@ pub async fn prepare_resume(
     Ok(IncomingFirecracker {
         instance,
         socket,
-        load: None,
+        load: JoinSet::new(),
         mappings: Vec::new(),
     })
 }
@@ -94,32 +90,33 @@ impl IncomingFirecracker {
             "mem_backend": { "backend_path": names::PAGER_SOCKET, "backend_type": "Uffd" },
             "resume_vm": false,
         });
-        let mut load =
-            tokio::spawn(async move { api.put("/snapshot/load", &body, LOAD_DEADLINE).await });
+        let deadlines = self.instance.deadlines;
+        self.load
+            .spawn(async move { api.put("/snapshot/load", &body, deadlines.load).await });
         let received = self.socket.receive(
             self.instance.process.pid(),
             self.instance.memory_bytes,
-            HANDSHAKE_DEADLINE,
+            deadlines.handshake,
         );
         tokio::select! {
             biased;
             handshake = received => {
                 let handshake = handshake?;
-                self.load = Some(load);
                 self.mappings.clone_from(&handshake.mappings);
                 Ok(handshake)
             }
-            loaded = &mut load => Err(self.why_not(loaded).await),
+            loaded = self.load.join_next() => Err(self.why_not(loaded).await),
         }
     }
 
     async fn why_not(
         &self,
-        loaded: std::result::Result<std::result::Result<(), ApiError>, tokio::task::JoinError>,
+        loaded: Option<std::result::Result<std::result::Result<(), ApiError>, JoinError>>,
     ) -> VmmError {
         let outcome = match loaded {
-            Ok(outcome) => outcome,
-            Err(join) => return no_load(join.to_string()),
+            Some(Ok(outcome)) => outcome,
+            Some(Err(join)) => return no_load(join.to_string()),
+            None => return no_load("it was not asked to".to_owned()),
         };
         match self
             .instance
@@ -145,11 +142,8 @@ impl IncomingFirecracker {
     /// # Errors
     /// Firecracker refuses the state or dies over it; it is killed then. Nothing was handed over.
     pub async fn finish(mut self) -> Result<Box<dyn Vmm>> {
-        let Some(load) = self.load.take() else {
-            return Err(no_load("it was not asked to".to_owned()));
-        };
-        match load.await {
-            Ok(Ok(())) => {}
+        match self.load.join_next().await {
+            Some(Ok(Ok(()))) => {}
             failed => return Err(self.why_not(failed).await),
         }
         let dir = &self.instance.dir;

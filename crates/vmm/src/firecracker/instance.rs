@@ -31,7 +31,7 @@ use crate::confinement::Confinement;
 use crate::console::ConsoleLog;
 use crate::error::{Result, VmmError};
 use crate::firecracker::api::{Api, ApiError};
-use crate::firecracker::binary::{FirecrackerBinary, Version};
+use crate::firecracker::binary::{Deadlines, FirecrackerBinary, Version};
 use crate::firecracker::channel::{self, Carrier};
 use crate::firecracker::config::{self, names};
 use crate::firecracker::jail::{Furnishing, Jail};
@@ -39,15 +39,10 @@ use crate::firecracker::network::{Network, Programs};
 use crate::host::check_room;
 use crate::machine::{BootSource, MachineConfig, VmmIdentity};
 use crate::process::{Process, Spawn};
+use crate::vmm::VmmExit;
 
-/// How long any request but the slow ones may take: all of them are answered in milliseconds.
-pub(super) const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
-/// How long the API may take to come up: a few milliseconds on an idle host.
-const API_UP_DEADLINE: Duration = Duration::from_secs(30);
+/// How often a Firecracker that has just been started is tried.
 const API_LOOK_INTERVAL: Duration = Duration::from_millis(2);
-/// How long we wait for the reason when a request breaks: a Firecracker that ends closes its socket
-/// some milliseconds before it is reaped.
-const REASON_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A machine's own directory: the one that its Firecracker works in, or sees alone. Its sockets are
 /// reached by the descriptor: a socket's path may have 107 bytes only, and a storage may lie deeper.
@@ -255,6 +250,7 @@ pub(super) fn file_error(role: &'static str, path: &Path, source: io::Error) -> 
 pub(super) struct Instance {
     pub(super) identity: VmmIdentity,
     pub(super) version: Version,
+    pub(super) deadlines: Deadlines,
     pub(super) process: Process,
     pub(super) memory_bytes: u64,
     pub(super) dir: MachineDir,
@@ -313,6 +309,7 @@ impl Instance {
         let mut instance = Self {
             identity: binary.identity(),
             version: binary.version,
+            deadlines: binary.deadlines,
             process,
             memory_bytes: machine.memory_bytes,
             dir: start.dir,
@@ -333,13 +330,14 @@ impl Instance {
     }
 
     async fn wait_for_api(&self) -> Result<()> {
-        let deadline = Instant::now() + API_UP_DEADLINE;
+        let deadline = Instant::now() + self.deadlines.api_up;
         loop {
-            match self.api.get::<Value>("/version", REQUEST_DEADLINE).await {
+            let version = self.api.get::<Value>("/version", self.deadlines.request);
+            match version.await {
                 Ok(_) => return Ok(()),
                 Err(ApiError::Connect { .. }) if Instant::now() < deadline => {}
                 Err(error) => {
-                    return Err(match self.process.wait_exit_for(REASON_PATIENCE).await {
+                    return Err(match self.last_words().await {
                         Some(exit) => VmmError::Start { exit: exit.into() },
                         None => error.into(),
                     });
@@ -402,7 +400,7 @@ impl Instance {
     pub(super) async fn put(&self, path: &'static str, body: &Value) -> Result<()> {
         self.explain(
             "set up the machine",
-            self.api.put(path, body, REQUEST_DEADLINE),
+            self.api.put(path, body, self.deadlines.request),
         )
         .await
     }
@@ -411,17 +409,24 @@ impl Instance {
     pub(super) async fn set_running(&self, running: bool) -> Result<()> {
         let state = if running { "Resumed" } else { "Paused" };
         let body = json!({ "state": state });
-        let request = self.api.patch("/vm", Some(&body), REQUEST_DEADLINE);
+        let deadline = self.deadlines.request;
+        let request = self.api.patch("/vm", Some(&body), deadline);
         self.explain("stop or resume the vCPUs", request).await
     }
 
     /// `Running`, `Paused` or `Not started`.
     pub(super) async fn state(&self) -> Result<String> {
-        let info = self.api.get::<InstanceInfo>("/", REQUEST_DEADLINE);
+        let info = self.api.get::<InstanceInfo>("/", self.deadlines.request);
         Ok(self
             .explain("look at the machine's state", info)
             .await?
             .state)
+    }
+
+    /// How it ended, if it has or is just about to.
+    async fn last_words(&self) -> Option<VmmExit> {
+        let patience = self.deadlines.last_words;
+        self.process.wait_exit_for(patience).await
     }
 
     /// Does `work`; a Firecracker that died meanwhile is reported as such, with what it said.
@@ -439,7 +444,7 @@ impl Instance {
         }
         match work.await {
             Err(error @ (ApiError::Connect { .. } | ApiError::Broken { .. })) => {
-                match self.process.wait_exit_for(REASON_PATIENCE).await {
+                match self.last_words().await {
                     Some(exit) => Err(died(exit)),
                     None => Err(error.into()),
                 }

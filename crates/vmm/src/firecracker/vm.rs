@@ -32,7 +32,7 @@ use crate::firecracker::balloon::{InstalledBalloon, install_balloon};
 use crate::firecracker::binary::{FirecrackerBinary, Version};
 use crate::firecracker::config::{self, names, ram_layout};
 use crate::firecracker::drain::drain_balloon;
-use crate::firecracker::instance::{Instance, REQUEST_DEADLINE};
+use crate::firecracker::instance::Instance;
 use crate::firecracker::memory::locate;
 use crate::machine::{BootSource, MachineConfig, VmmIdentity};
 use crate::memory::{GuestMemory, MemoryMapping, RamSegment};
@@ -60,6 +60,8 @@ pub(super) struct FirecrackerVm {
     mappings: Vec<MemoryMapping>,
     /// Whether an event that ends its connections waits for the guest.
     reset_waits: AtomicBool,
+    /// Whether the vCPUs were told to stand still since they were last known to run.
+    stands_still: AtomicBool,
 }
 
 /// Boots a machine in `dir`, an empty directory that is its alone. It runs when this returns;
@@ -85,7 +87,7 @@ pub async fn boot(
         &instance.api,
         binary.version,
         machine.free_page_reporting,
-        REQUEST_DEADLINE,
+        instance.deadlines.request,
     );
     let balloon = instance.explain("install the balloon", balloon).await?;
     instance
@@ -102,6 +104,7 @@ pub async fn boot(
         instance,
         mappings,
         reset_waits: AtomicBool::new(false),
+        stands_still: AtomicBool::new(false),
     };
     Ok((Box::new(vm), balloon))
 }
@@ -113,6 +116,7 @@ impl FirecrackerVm {
             instance,
             mappings,
             reset_waits: AtomicBool::new(true),
+            stands_still: AtomicBool::new(true),
         }
     }
 
@@ -127,7 +131,7 @@ impl FirecrackerVm {
             "mem_file_path": NOWHERE,
         });
         let api = &self.instance.api;
-        let save = api.put("/snapshot/create", &body, REQUEST_DEADLINE);
+        let save = api.put("/snapshot/create", &body, self.instance.deadlines.request);
         let saved = self.instance.explain("save the device state", save).await;
         let reason = match saved {
             Err(VmmError::Api {
@@ -217,19 +221,26 @@ impl Vmm for FirecrackerVm {
     }
 
     async fn stop_vcpus(&self) -> Result<()> {
+        self.stands_still.store(true, Ordering::Relaxed);
         self.instance.set_running(false).await
     }
 
     async fn resume_vcpus(&self) -> Result<()> {
         if self.instance.state().await? == RUNNING {
+            // It may have been told to, without our hearing of it.
+            self.stands_still.store(false, Ordering::Relaxed);
+            self.instance.reach_agent();
             return Ok(());
         }
         let gated = self.instance.version >= RESET_GATE_SINCE;
         if gated && !self.reset_waits.load(Ordering::Relaxed) {
             self.end_connections().await?;
         }
-        self.instance.set_running(true).await?;
+        // Before it is asked: an answer that is lost must not leave an event behind that is the guest's
+        // already. One too many costs a state.
         self.reset_waits.store(false, Ordering::Relaxed);
+        self.instance.set_running(true).await?;
+        self.stands_still.store(false, Ordering::Relaxed);
         self.instance.reach_agent();
         Ok(())
     }
@@ -255,7 +266,17 @@ impl Vmm for FirecrackerVm {
         // One that has ended holds none, which the report says.
         let memory = self.memory().ok();
         let held = Arc::new(move || memory.as_ref().map_or(0, held_bytes));
+        // A start is answered then, and lost, and that the run before is done is still told.
+        let stands_still = self.stands_still.load(Ordering::Relaxed);
+        let ceiling = if stands_still {
+            Duration::ZERO
+        } else {
+            ceiling
+        };
         let mut report = drain_balloon(api, version, ceiling, held, discarded).await;
+        if stands_still {
+            report.outcome = DrainOutcome::Failed("the machine stands still".to_owned());
+        }
         if let (DrainOutcome::Failed(why), Some(exit)) =
             (&mut report.outcome, self.instance.process.exited())
         {

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::process::{Pid, Signal, kill_process};
@@ -18,7 +18,7 @@ use torpor_vmm::firecracker::{self, Handshake};
 use torpor_vmm::{DrainOutcome, VmmError};
 
 use crate::lab::{Image, Lab, PAGE, binary, capture, reclaim};
-use crate::support::{GUEST_DEADLINE, wait_until_gone};
+use crate::support::{GUEST_DEADLINE, Guest, wait_until_gone};
 
 /// How long a Firecracker that stands still is waited for before it is killed: long enough that the
 /// request has reached it.
@@ -135,23 +135,36 @@ async fn a_firecracker_that_is_killed_at_any_step_of_a_pause_or_a_resume_is_an_e
     drop(pager);
 }
 
+/// How long a load may take whose pager stands still, …
+const STALLED_LOAD: Duration = Duration::from_secs(12);
+/// … a drain, …
+const STALLED_DRAIN: Duration = Duration::from_secs(3);
+/// … and any other request then.
+const STALLED_REQUEST: Duration = Duration::from_secs(6);
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_resume_whose_pager_stands_still_ends_with_an_error_and_nothing_is_left_running() {
+async fn a_pager_that_stands_still_hangs_neither_a_resume_nor_a_drain() {
     let Some(binary) = binary() else { return };
-    let lab = Lab::new(binary.clone());
+    let lab = Lab::new(binary);
     let (guest, _) = lab.boot(false, "").await;
     guest.vm.stop_vcpus().await.unwrap();
     let state = guest.vm.save_state().await.unwrap();
     let image = capture(&*guest.vm, None);
     guest.vm.kill().await.unwrap();
+    over_a_load(&lab, &state, &image).await;
+    over_a_drain(&lab, &state, &image).await;
+}
 
-    let next = Lab::new(binary);
+/// The resume ends with an error, and nothing is left running.
+async fn over_a_load(lab: &Lab, state: &[u8], image: &Image) {
+    let mut next = Lab::new(lab.binary.clone());
+    next.binary.deadlines.load = STALLED_LOAD;
     let mut incoming = next.incoming().await;
     let pid = incoming.pid();
-    let handshake = incoming.hand_over(&state).await.unwrap();
+    let handshake = incoming.hand_over(state).await.unwrap();
     // It can touch nothing before its pager is there, and stopped.
     send(pid, Signal::STOP);
-    let mut pager = PagerProcess::start(handshake, pid, &image, &next.host.path("image"));
+    let mut pager = PagerProcess::start(handshake, pid, image, &next.host.path("image"));
     send(pager.0.id(), Signal::STOP);
     send(pid, Signal::CONT);
     let error = timeout(GUEST_DEADLINE, incoming.finish())
@@ -167,6 +180,54 @@ async fn a_resume_whose_pager_stands_still_ends_with_an_error_and_nothing_is_lef
     wait_until_gone(pid).await;
     pager.0.kill().unwrap();
     pager.0.wait().unwrap();
+}
+
+/// The drain ends at its ceiling, a stop fails in time, and all goes on with the pager.
+async fn over_a_drain(lab: &Lab, state: &[u8], image: &Image) {
+    let mut next = Lab::new(lab.binary.clone());
+    next.binary.deadlines.request = STALLED_REQUEST;
+    let disk = next.host.path("layer.img");
+    fs::copy(lab.host.path("layer.img"), disk).unwrap();
+    let mut incoming = next.incoming().await;
+    let pid = incoming.pid();
+    let handshake = incoming.hand_over(state).await.unwrap();
+    let pager = PagerProcess::start(handshake, pid, image, &next.host.path("image"));
+    let vm = incoming.finish().await.unwrap();
+    vm.resume_vcpus().await.unwrap();
+    let mut guest = Guest::new(vm);
+    let counted = guest.count().await;
+    reclaim(&mut guest).await;
+
+    // Firecracker's thread waits in its first discard, and answers nothing.
+    send(pager.0.id(), Signal::STOP);
+    let began = Instant::now();
+    let drained = timeout(GUEST_DEADLINE, guest.vm.drain(STALLED_DRAIN, None)).await;
+    let drained = drained.expect("no hang");
+    println!("{drained:?} after {:?}", began.elapsed());
+    assert_eq!(drained.outcome, DrainOutcome::CeilingReached);
+    let stopped = timeout(GUEST_DEADLINE, guest.vm.stop_vcpus()).await;
+    let text = stopped.expect("no hang").unwrap_err().to_string();
+    println!("{text}");
+    assert!(
+        text.contains("PATCH /vm") && text.contains("page faults"),
+        "{text}"
+    );
+    assert!(guest.vm.is_alive());
+
+    send(pager.0.id(), Signal::CONT);
+    let stop = async {
+        // What was asked before is carried out first.
+        while let Err(error) = guest.vm.stop_vcpus().await {
+            println!("not yet: {error}");
+        }
+    };
+    timeout(GUEST_DEADLINE, stop).await.expect("it goes on");
+    assert!(!guest.vm.save_state().await.unwrap().is_empty());
+    guest.vm.resume_vcpus().await.unwrap();
+    assert!(guest.count().await > counted);
+    let drained = guest.vm.drain(GUEST_DEADLINE, None).await;
+    assert_eq!(drained.outcome, DrainOutcome::Done);
+    guest.vm.kill().await.unwrap();
 }
 
 /// A pager in a process of its own, which can be stopped.

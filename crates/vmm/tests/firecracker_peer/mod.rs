@@ -1,6 +1,7 @@
 //! A peer that speaks HTTP as Firecracker's API does, and answers what it was told to.
 
 #![allow(missing_docs, unreachable_pub, reason = "test support")]
+#![allow(dead_code, reason = "each test file uses what it needs of this")]
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -8,12 +9,15 @@
 )]
 
 use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::WriteHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use torpor_vmm::firecracker::Api;
@@ -31,6 +35,13 @@ pub enum Answer {
     CloseAtOnce,
     /// A body that is longer than anything that should be read.
     Endless,
+    /// A body that comes slowly and never ends.
+    Dripping,
+    Never,
+}
+
+pub fn refusal(words: &str) -> Answer {
+    Answer::Json(400, serde_json::json!({ "fault_message": words }))
 }
 
 impl Answer {
@@ -52,11 +63,16 @@ impl Answer {
 
 type Seen = Arc<Mutex<Vec<(String, Value)>>>;
 
+/// How a peer answers: a request (`PUT /vm`) and its body.
+pub trait Answers: FnMut(&str, &Value) -> Answer + Send + 'static {}
+impl<F: FnMut(&str, &Value) -> Answer + Send + 'static> Answers for F {}
+
 /// A listening peer; gone when it is dropped.
 #[derive(Debug)]
 pub struct Peer {
     dir: TempDir,
     seen: Seen,
+    open: Arc<AtomicUsize>,
     serving: JoinHandle<()>,
 }
 
@@ -74,12 +90,31 @@ impl Peer {
 
     /// These answers first, then always the last.
     pub fn always(answers: impl IntoIterator<Item = Answer>, last: Answer) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let mut answers: VecDeque<Answer> = answers.into_iter().collect();
+        let answer = move |_: &str, _: &Value| answers.pop_front().unwrap_or_else(|| last.clone());
+        Self::answering(tempfile::tempdir().unwrap(), answer)
+    }
+
+    /// Behind `api.sock` in this directory.
+    pub fn answering(dir: TempDir, answers: impl Answers) -> Self {
         let listener = UnixListener::bind(dir.path().join("api.sock")).unwrap();
-        let seen = Seen::default();
-        let (answers, record) = (answers.into_iter().collect(), Arc::clone(&seen));
-        let serving = tokio::spawn(serve(listener, answers, last, record));
-        Self { dir, seen, serving }
+        let (seen, open) = (Seen::default(), Arc::default());
+        let serving = serve(listener, answers, Arc::clone(&seen), Arc::clone(&open));
+        Self {
+            dir,
+            seen,
+            open,
+            serving: tokio::spawn(serving),
+        }
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Connections that their client has not closed.
+    pub fn open(&self) -> usize {
+        self.open.load(Ordering::SeqCst)
     }
 
     pub fn api(&self) -> Api {
@@ -96,16 +131,31 @@ impl Peer {
     }
 }
 
-async fn serve(listener: UnixListener, mut answers: VecDeque<Answer>, last: Answer, seen: Seen) {
+async fn serve(
+    listener: UnixListener,
+    mut answers: impl Answers,
+    seen: Seen,
+    open: Arc<AtomicUsize>,
+) {
     loop {
         let (mut stream, _) = listener.accept().await.unwrap();
-        let Some(request) = read_request(&mut stream).await else {
+        let Some((request, body)) = read_request(&mut stream).await else {
             continue;
         };
-        seen.lock().unwrap().push(request);
-        let answer = answers.pop_front().unwrap_or_else(|| last.clone());
+        seen.lock().unwrap().push((request.clone(), body.clone()));
+        let answer = answers(&request, &body);
+        open.fetch_add(1, Ordering::SeqCst);
+        let open = Arc::clone(&open);
         // Like the real one it takes the next connection while a client waits for its answer.
-        tokio::spawn(give(stream, answer));
+        tokio::spawn(async move {
+            let (mut from_client, to_client) = stream.split();
+            tokio::select! {
+                () = give(to_client, answer) => {}
+                // Whoever has its answer, or waits no longer, closes the connection.
+                _ = from_client.read_u8() => {}
+            }
+            open.fetch_sub(1, Ordering::SeqCst);
+        });
     }
 }
 
@@ -136,11 +186,17 @@ async fn read_request(stream: &mut UnixStream) -> Option<(String, Value)> {
     Some((format!("{} {}", line[0], line[1]), body))
 }
 
-async fn give(mut stream: UnixStream, mut answer: Answer) {
+/// Ends when the peer is to close the connection.
+async fn give(mut stream: WriteHalf<'_>, mut answer: Answer) {
     while let Answer::After(pause, later) = answer {
         tokio::time::sleep(pause).await;
         answer = *later;
     }
+    let closes = matches!(
+        answer,
+        Answer::CloseInTheMiddle | Answer::CloseAtOnce | Answer::Raw(_)
+    );
+    let drips = matches!(answer, Answer::Dripping);
     let text = match answer {
         Answer::Empty(status) => {
             format!(
@@ -162,8 +218,15 @@ async fn give(mut stream: UnixStream, mut answer: Answer) {
             8 << 20,
             " ".repeat(8 << 20)
         ),
-        Answer::CloseAtOnce | Answer::After(..) => String::new(),
+        Answer::Dripping => "HTTP/1.1 200 \r\nTransfer-Encoding: chunked\r\n\r\n".to_owned(),
+        Answer::CloseAtOnce | Answer::Never | Answer::After(..) => String::new(),
     };
     // A client that is gone is part of the test.
     stream.write_all(text.as_bytes()).await.ok();
+    while drips && stream.write_all(b"1\r\n \r\n").await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    if !closes {
+        std::future::pending().await
+    }
 }
