@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use support::{Content, DEADLINE, Guest, Memory, Rng, TestSource, stamp, until};
+use support::{Content, DEADLINE, Guest, Memory, Rng, TestSource, seed, stamp, until};
 use torpor_pager::{
     Backing, FileSource, PageRun, PageSet, PageSource, Pager, PagerConfig, PagerError, Uffd,
     WriteTracking,
@@ -233,7 +233,7 @@ fn many_threads_find_their_huge_pages_as_they_must_be() {
         let Some(guest) = guest(memory, 4 * EACH) else {
             continue;
         };
-        let seed = u64::from(std::process::id());
+        let seed = seed();
         eprintln!("{memory:?}, {tracking:?} tracking, seed {seed}");
         let mut plan = source(guest.pages);
         plan.zero_pages = (HUGE..2 * HUGE).chain(3000..3100).collect();

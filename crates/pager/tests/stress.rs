@@ -2,9 +2,11 @@
 //!
 //! Each owner thread has a part of the memory to itself and checks every read against its own
 //! record. Visitors read everywhere, so that faults of several threads meet in a page; what they see
-//! is in motion, and says no more than whose page it is. The storage is slow, and fails now and then.
-//! In between the memory is settled and its dirty set compared with
-//! the records.
+//! is in motion, and says no more than whose page it is. The storage is slow, hangs, and fails now and then.
+//! In between the memory is settled and its dirty set compared with the records.
+//!
+//! Fails if the faults of a batch of events are served before its discards are applied, or if "discarded"
+//! outlives the page's being there: tried.
 #![allow(
     missing_docs,
     clippy::cast_possible_truncation,
@@ -19,13 +21,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use support::{Content, DEADLINE, Guest, Memory, Rng, TestSource, until};
+use support::{Content, DEADLINE, Guest, Memory, Rng, TestSource, seed, until};
 use torpor_pager::{PAGE_SIZE, PageRun, Pager, WriteTracking};
 
 const OWNERS: u64 = 4;
+/// 4 MiB.
 const PAGES_EACH: u64 = 1024;
 const PAGES: u64 = OWNERS * PAGES_EACH;
 const STEPS: u64 = 3000;
+/// How long the storage hangs, and works, in turns.
+const STORAGE_MOMENT: Duration = Duration::from_millis(4);
 
 #[derive(Clone, Copy, Debug)]
 struct Known {
@@ -64,8 +69,9 @@ impl Owner<'_> {
                     removed: false,
                 };
             }
+            _ if self.rng.below(64) == 0 => self.discard(0, PAGES_EACH),
             _ => {
-                // Up to 4 MiB, rarely: else nothing would stay.
+                // Long ones rarely: else nothing would stay.
                 let most = [8, 8, 8, 64, 64, 64, 64, PAGES_EACH][self.rng.below(8) as usize];
                 let pages = 1 + self.rng.below(most);
                 self.discard(index, pages);
@@ -121,9 +127,18 @@ fn owners<'a>(
 }
 
 /// One bout: owners and visitors run, then come to rest.
-fn bout(guest: &Guest, owners: &mut [Owner<'_>], seed: u64) {
+fn bout(guest: &Guest, source: &TestSource, owners: &mut [Owner<'_>], seed: u64) {
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        // Storage that hangs for a moment, again and again.
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                for open in [false, true] {
+                    source.open_gate(open);
+                    std::thread::sleep(STORAGE_MOMENT);
+                }
+            }
+        });
         for visitor in 0..2 {
             let over = &over;
             scope.spawn(move || {
@@ -170,7 +185,7 @@ fn check_dirty(pager: &Pager, owners: &[Owner<'_>]) {
 }
 
 fn stress(memory: Memory, tracking: WriteTracking, workers: usize) {
-    let seed = u64::from(std::process::id());
+    let seed = seed();
     eprintln!("{memory:?}, {tracking:?} tracking, {workers} workers, seed {seed}");
     let guest = Guest::new(memory, PAGES);
     let mut plan = TestSource::new(PAGES);
@@ -189,7 +204,7 @@ fn stress(memory: Memory, tracking: WriteTracking, workers: usize) {
     for round in 0..2 {
         // One fewer than end a guest, on whichever reads come next.
         source.fail_reads.store(3, Ordering::SeqCst);
-        bout(&guest, &mut owners, seed + round);
+        bout(&guest, &source, &mut owners, seed + round);
         check_dirty(&pager, &owners);
     }
     for owner in &owners {

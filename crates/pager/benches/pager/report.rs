@@ -119,7 +119,11 @@ impl Report {
                 (_, Some(most)) => format!("<= {most}"),
                 _ => String::new(),
             };
-            let said = if bar.reached { "reached" } else { "MISSED" };
+            let said = match (wanted.is_empty(), bar.reached) {
+                (true, _) => "",
+                (_, true) => "reached",
+                (_, false) => "MISSED",
+            };
             println!("{:60} {:8.2}  {wanted:8} {said}", bar.what, bar.ratio);
         }
     }

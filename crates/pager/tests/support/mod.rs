@@ -402,7 +402,16 @@ pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// A small generator: the tests print their seed and can be run again with it.
+/// Printed by the tests that use it, which can be run again with it: `TORPOR_TEST_SEED`.
+pub fn seed() -> u64 {
+    let given = std::env::var("TORPOR_TEST_SEED").ok();
+    given.map_or_else(
+        || u64::from(std::process::id()),
+        |seed| seed.parse().unwrap(),
+    )
+}
+
+/// A small generator.
 pub struct Rng(pub u64);
 
 impl Rng {

@@ -8,10 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
-use torpor_vmm::DrainOutcome;
 use torpor_vmm::firecracker::{FirecrackerBinary, Jail};
 
-use crate::lab::{Lab, binary, capture, drain, reclaim};
+use crate::lab::{Lab, binary, capture, drain, drained, reclaim};
 use crate::support::{GUEST_DEADLINE, wait_until_gone};
 
 const FIRST_UID: u32 = 61_000;
@@ -114,7 +113,7 @@ async fn a_jailed_guest_boots_is_drained_and_resumed_by_another_user() {
     guest.ask("churn 32").await;
     reclaim(&mut guest).await;
     let report = drain(&guest, None, Duration::from_secs(60)).await;
-    assert_eq!(report.outcome, DrainOutcome::Done);
+    assert_eq!(report.outcome, drained(&lab.binary));
     assert!(lab.host.console().contains("test guest is up"));
     guest.vm.stop_vcpus().await.unwrap();
     let state = guest.vm.save_state().await.unwrap();

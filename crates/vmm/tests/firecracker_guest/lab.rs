@@ -14,7 +14,7 @@ use torpor_pager::{
 use torpor_vmm::firecracker::{
     self, FirecrackerBinary, Handshake, IncomingFirecracker, InstalledBalloon,
 };
-use torpor_vmm::{DrainReport, GuestReader, MachineConfig, Vmm};
+use torpor_vmm::{DrainOutcome, DrainReport, GuestReader, MachineConfig, Vmm};
 
 use crate::support::{GUEST_DEADLINE, Guest, Host};
 
@@ -35,6 +35,25 @@ pub(crate) fn binary() -> Option<FirecrackerBinary> {
         "TORPOR_FIRECRACKER is set, and there is no /dev/kvm: use make test-firecracker"
     );
     Some(FirecrackerBinary::find(Some(&PathBuf::from(path))).unwrap())
+}
+
+/// Whether this Firecracker can be drained: those before 1.14 know no hinting. A test of nothing else
+/// ends here then, and says so.
+pub(crate) fn can_drain(binary: &FirecrackerBinary) -> bool {
+    let hinting = InstalledBalloon::plan(binary.version, false).hinting;
+    if !hinting {
+        println!("no drain: Firecracker {} has no hinting", binary.version);
+    }
+    hinting
+}
+
+/// What a drain that has the time comes to.
+pub(crate) fn drained(binary: &FirecrackerBinary) -> DrainOutcome {
+    if can_drain(binary) {
+        DrainOutcome::Done
+    } else {
+        DrainOutcome::Unsupported
+    }
 }
 
 pub(crate) fn mib(bytes: u64) -> u64 {
