@@ -187,7 +187,7 @@ async fn over_a_load(lab: &Lab, state: &[u8], image: &Image) {
     pager.0.wait().unwrap();
 }
 
-/// The drain ends at its ceiling, a stop fails in time, and all goes on with the pager.
+/// The drain ends at its ceiling, a stop is carried out or fails in time, and all goes on with the pager.
 async fn over_a_drain(lab: &Lab, state: &[u8], image: &Image) {
     let mut next = Lab::new(lab.binary.clone());
     next.binary.deadlines.request = STALLED_REQUEST;
@@ -203,7 +203,6 @@ async fn over_a_drain(lab: &Lab, state: &[u8], image: &Image) {
     let counted = guest.count().await;
     reclaim(&mut guest).await;
 
-    // Firecracker's thread waits in its first discard, and answers nothing.
     send(pager.0.id(), Signal::STOP);
     let began = Instant::now();
     let drained = timeout(GUEST_DEADLINE, guest.vm.drain(STALLED_DRAIN, None)).await;
@@ -211,12 +210,15 @@ async fn over_a_drain(lab: &Lab, state: &[u8], image: &Image) {
     println!("{drained:?} after {:?}", began.elapsed());
     assert_eq!(drained.outcome, DrainOutcome::CeilingReached);
     let stopped = timeout(GUEST_DEADLINE, guest.vm.stop_vcpus()).await;
-    let text = stopped.expect("no hang").unwrap_err().to_string();
-    println!("{text}");
-    assert!(
-        text.contains("PATCH /vm") && text.contains("page faults"),
-        "{text}"
-    );
+    // What stands still is its thread, in a discard, or only the guest, in a page fault.
+    if let Err(error) = stopped.expect("no hang") {
+        let text = error.to_string();
+        println!("{text}");
+        assert!(
+            text.contains("PATCH /vm") && text.contains("page faults"),
+            "{text}"
+        );
+    }
     assert!(guest.vm.is_alive());
 
     send(pager.0.id(), Signal::CONT);
