@@ -10,19 +10,26 @@
 //! `page_size_kib` is the older name of `page_size`, and counts bytes despite it. Fields that are
 //! not known are left alone.
 //!
-//! The peer is not trusted: the message, the number of regions and of descriptors, and the time
-//! are bounded, and the descriptor must be a userfaultfd. It can do harm to itself only: all
-//! that the pager writes goes to the memory behind that descriptor.
+//! The peer is not trusted: the message, how often it is parsed, the number of regions and of
+//! descriptors, and the time are bounded, and the descriptor must be a userfaultfd. All that the
+//! pager writes goes to the memory behind that descriptor.
+//!
+//! Nothing is left on a connection that is refused: no message can be sent any more, and what
+//! had been sent is looked through. So it is known of each peer whether its userfaultfd came
+//! ([`HandshakeError::Unserved`]): such a VMM waits already, and is to be killed. Any other one
+//! learns of the refusal by its own error.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::slice;
 use std::time::{Duration, Instant};
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
-use rustix::process::{Pid, PidfdFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 use serde::Deserialize;
 
 use crate::error::PagerError;
@@ -35,7 +42,14 @@ pub const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 pub const REGIONS_MAX: usize = 256;
 
 /// Descriptors that one message may bring; more than one is refused, and closed.
-const FDS_MAX: usize = 4;
+pub(crate) const FDS_MAX: usize = 4;
+
+/// How often a message may look as if it were whole, and not be: a list inside it would have to
+/// end just where a piece of it does, each time. Parsing then costs 4 MiB at most.
+const PARSES_MAX: usize = 64;
+
+/// Reads of what a refused peer had sent already. The kernel lets some 300 pieces wait on a socket.
+const LEFT_READS_MAX: usize = 1024;
 
 /// From the connection to the whole message. The VMM sends it at once.
 pub const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
@@ -47,16 +61,6 @@ pub struct Handshake {
     pub uffd: OwnedFd,
     /// Its guest's memory.
     pub regions: Vec<Region>,
-    /// The process that connected.
-    pub peer: Peer,
-}
-
-/// A process at the other end of a socket.
-#[derive(Debug)]
-pub struct Peer {
-    /// Its id, in our namespace.
-    pub pid: i32,
-    pidfd: Option<OwnedFd>,
 }
 
 /// Why a handshake failed.
@@ -84,21 +88,28 @@ pub enum HandshakeError {
     /// No descriptor, or too many.
     #[error("the VMM's message brought {0} descriptors; it must bring its userfaultfd")]
     Descriptors(usize),
+    /// Too many descriptors, or no room for them here.
+    #[error("not all descriptors that the VMM's message brought could be taken")]
+    LostDescriptors,
     /// Another kind of descriptor.
     #[error("the VMM's descriptor is no userfaultfd but {0}")]
     NotUserfaultfd(String),
     /// A region that cannot be served.
     #[error(transparent)]
     Region(#[from] PagerError),
-    /// One of the others, from a VMM whose userfaultfd came: it waits already, and for ever if it is
-    /// not killed.
-    #[error("{why}")]
-    Unserved {
-        /// The VMM.
-        peer: Peer,
-        /// What was wrong with its message.
-        why: Box<HandshakeError>,
-    },
+    /// The pager ends.
+    #[error("the pager was stopped")]
+    Stopped,
+    /// It serves as many VMMs as it was to.
+    #[error("the pager takes no more VMMs")]
+    NoMore,
+    /// The host has no thread left.
+    #[error("no thread could be started for the VMM: {0}")]
+    Thread(io::Error),
+    /// One of the others, from a VMM whose userfaultfd came (or may have): it waits already, and
+    /// for ever if it is not killed.
+    #[error("{0}")]
+    Unserved(Box<HandshakeError>),
 }
 
 #[derive(Deserialize)]
@@ -139,63 +150,139 @@ pub fn parse(message: &[u8]) -> Result<Vec<Region>, HandshakeError> {
         .collect()
 }
 
-/// Receives a VMM's handshake.
+/// What has come on a connection so far.
+#[derive(Debug, Default)]
+struct Received {
+    message: Vec<u8>,
+    fds: Vec<OwnedFd>,
+    /// Some descriptor was not taken: it may have been the userfaultfd.
+    lost: bool,
+}
+
+/// Receives a VMM's handshake. Gives up when `stop` can be read. `room` is let go of when the
+/// message is there: descriptors for which those that it brings have room then.
 ///
 /// # Errors
-/// The peer does not keep to it.
-pub fn receive(stream: &UnixStream) -> Result<Handshake, HandshakeError> {
-    let peer = Peer::of(stream)?;
-    let mut fds = Vec::new();
-    let received = receive_regions(stream, &mut fds)
-        .and_then(|regions| userfaultfd_of(&fds).map(|()| regions));
-    match (received, fds.pop()) {
-        (Ok(regions), Some(uffd)) => Ok(Handshake {
-            uffd,
-            regions,
-            peer,
-        }),
-        (Ok(_), None) => Err(HandshakeError::Descriptors(0)),
-        (Err(why), last) => {
-            fds.extend(last);
-            if fds
-                .iter()
-                .any(|fd| userfaultfd_of(slice::from_ref(fd)).is_ok())
-            {
-                let why = Box::new(why);
-                return Err(HandshakeError::Unserved { peer, why });
+/// The peer does not keep to it. It can send nothing any more.
+pub fn receive(
+    stream: &UnixStream,
+    stop: BorrowedFd<'_>,
+    room: Vec<OwnedFd>,
+) -> Result<Handshake, HandshakeError> {
+    let mut received = Received::default();
+    let handshake = received.whole(stream, stop, room).and_then(|regions| {
+        received
+            .userfaultfd()
+            .map(|uffd| Handshake { uffd, regions })
+    });
+    handshake.map_err(|why| received.refuse(stream, why))
+}
+
+/// Refuses a connection of which nothing has been read yet. Does not wait.
+pub(crate) fn turn_away(stream: &UnixStream, why: HandshakeError) -> HandshakeError {
+    Received::default().refuse(stream, why)
+}
+
+impl Received {
+    /// Reads until the message is whole.
+    fn whole(
+        &mut self,
+        stream: &UnixStream,
+        stop: BorrowedFd<'_>,
+        mut room: Vec<OwnedFd>,
+    ) -> Result<Vec<Region>, HandshakeError> {
+        let started = Instant::now();
+        let mut parses = 0;
+        loop {
+            let left = HANDSHAKE_MAX.saturating_sub(started.elapsed());
+            if left.is_zero() || !wait(stream, stop, left)? {
+                return Err(HandshakeError::Timeout(self.message.len()));
             }
-            Err(why)
+            room.clear();
+            let got = match self.read(stream) {
+                Ok(0) => return Err(HandshakeError::Closed(self.message.len())),
+                Ok(got) => got,
+                Err(Errno::INTR | Errno::AGAIN) => continue,
+                Err(error) => return Err(HandshakeError::Socket(error.into())),
+            };
+            if self.lost {
+                return Err(HandshakeError::LostDescriptors);
+            }
+            // Nonsense is told at its first piece; any other one is parsed where it may be whole.
+            let piece = &self.message[self.message.len() - got..];
+            let may_be_whole = piece.trim_ascii_end().last() == Some(&b']');
+            if parses > 0 && !may_be_whole && self.message.len() <= MESSAGE_BYTES_MAX {
+                continue;
+            }
+            parses += 1;
+            match parse(&self.message) {
+                Err(HandshakeError::Json(error)) if error.is_eof() && parses < PARSES_MAX => {}
+                regions => return regions,
+            }
         }
+    }
+
+    /// Takes what is there, without waiting.
+    fn read(&mut self, stream: &UnixStream) -> rustix::io::Result<usize> {
+        // One byte past the limit, so that a message that is too long is seen to be.
+        let mut piece = [0; 4096];
+        let room = (MESSAGE_BYTES_MAX + 1).saturating_sub(self.message.len());
+        let room = room.min(piece.len());
+        let (got, lost) = read_some(stream, &mut piece[..room], &mut self.fds)?;
+        self.lost |= lost || self.fds.len() > FDS_MAX;
+        self.fds.truncate(FDS_MAX);
+        self.message.extend_from_slice(&piece[..got]);
+        Ok(got)
+    }
+
+    /// The descriptor, if it is one and a userfaultfd.
+    fn userfaultfd(&mut self) -> Result<OwnedFd, HandshakeError> {
+        userfaultfd_of(&self.fds)?;
+        self.fds.pop().ok_or(HandshakeError::Descriptors(0))
+    }
+
+    /// Lets the peer send no more, and looks through what it had sent. From then on a peer whose
+    /// userfaultfd has not come learns of its refusal from its own next call.
+    fn refuse(mut self, stream: &UnixStream, why: HandshakeError) -> HandshakeError {
+        // What fails has ended by itself.
+        drop(stream.shutdown(Shutdown::Read));
+        for _ in 0..LEFT_READS_MAX {
+            let is_uffd = |fd| userfaultfd_of(slice::from_ref(fd)).is_ok();
+            if self.lost || self.fds.iter().any(is_uffd) {
+                return HandshakeError::Unserved(Box::new(why));
+            }
+            self.fds.clear();
+            match read_some(stream, &mut [0; 4096], &mut self.fds) {
+                Ok((0, false)) if self.fds.is_empty() => break,
+                Ok((_, lost)) => self.lost |= lost,
+                Err(Errno::INTR) => {}
+                Err(_) => break,
+            }
+        }
+        why
     }
 }
 
-/// Reads the message, and what comes beside it.
-fn receive_regions(
+/// Whether there is something to read in time.
+fn wait(
     stream: &UnixStream,
-    fds: &mut Vec<OwnedFd>,
-) -> Result<Vec<Region>, HandshakeError> {
-    let started = Instant::now();
-    let mut message = Vec::new();
-    loop {
-        let left = HANDSHAKE_MAX.saturating_sub(started.elapsed());
-        if left.is_zero() {
-            return Err(HandshakeError::Timeout(message.len()));
-        }
-        stream.set_read_timeout(Some(left))?;
-        match receive_some(stream, &mut message, fds) {
-            Ok(0) => return Err(HandshakeError::Closed(message.len())),
-            Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(rustix::io::Errno::AGAIN) => {
-                return Err(HandshakeError::Timeout(message.len()));
-            }
-            Err(error) => return Err(HandshakeError::Socket(error.into())),
-        }
-        match parse(&message) {
-            Err(HandshakeError::Json(error)) if error.is_eof() => {}
-            regions => return regions,
-        }
+    stop: BorrowedFd<'_>,
+    timeout: Duration,
+) -> Result<bool, HandshakeError> {
+    let mut fds = [
+        PollFd::new(stream, PollFlags::IN),
+        PollFd::from_borrowed_fd(stop, PollFlags::IN),
+    ];
+    let timeout = Timespec::try_from(timeout).ok();
+    let ready = match rustix::event::poll(&mut fds, timeout.as_ref()) {
+        Ok(ready) => ready > 0,
+        Err(Errno::INTR) => true,
+        Err(error) => return Err(HandshakeError::Socket(error.into())),
+    };
+    if !fds[1].revents().is_empty() {
+        return Err(HandshakeError::Stopped);
     }
+    Ok(ready)
 }
 
 /// One descriptor it must be, and a userfaultfd.
@@ -211,70 +298,137 @@ fn userfaultfd_of(fds: &[OwnedFd]) -> Result<(), HandshakeError> {
     Err(HandshakeError::NotUserfaultfd(found))
 }
 
-fn receive_some(
+/// How many bytes came, and whether a descriptor that came with them was lost: the kernel drops
+/// those for which there is no room.
+fn read_some(
     stream: &UnixStream,
-    message: &mut Vec<u8>,
+    piece: &mut [u8],
     fds: &mut Vec<OwnedFd>,
-) -> rustix::io::Result<usize> {
-    // One byte past the limit, so that a message that is too long is seen to be.
-    let mut piece = [0; 4096];
-    let room = (MESSAGE_BYTES_MAX + 1 - message.len()).min(piece.len());
+) -> rustix::io::Result<(usize, bool)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut beside = RecvAncillaryBuffer::new(&mut space);
-    let mut buffers = [IoSliceMut::new(&mut piece[..room])];
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    let got = rustix::net::recvmsg(stream, &mut buffers, &mut beside, flags)?.bytes;
+    let mut buffers = [IoSliceMut::new(piece)];
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let got = rustix::net::recvmsg(stream, &mut buffers, &mut beside, flags)?;
     for item in beside.drain() {
         if let RecvAncillaryMessage::ScmRights(descriptors) = item {
             fds.extend(descriptors);
         }
     }
-    fds.truncate(FDS_MAX);
-    message.extend_from_slice(&piece[..got]);
-    Ok(got)
-}
-
-impl Peer {
-    fn of(stream: &UnixStream) -> io::Result<Self> {
-        let credentials = rustix::net::sockopt::socket_peercred(stream)?;
-        let pid = credentials.pid;
-        // A process that has ended meanwhile has none; whoever waits for it learns so.
-        let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(pidfd) => Some(pidfd),
-            Err(rustix::io::Errno::SRCH) => None,
-            Err(error) => return Err(error.into()),
-        };
-        Ok(Self {
-            pid: Pid::as_raw(Some(pid)),
-            pidfd,
-        })
-    }
-
-    /// Readable once the process has ended; `None` if it had ended by the time it was looked at.
-    #[must_use]
-    pub fn pidfd(&self) -> Option<&OwnedFd> {
-        self.pidfd.as_ref()
-    }
-
-    /// Ends the process: a VMM that nobody serves hangs for ever.
-    ///
-    /// # Errors
-    /// The host refuses: it is another user's.
-    pub fn kill(&self) -> io::Result<()> {
-        let Some(pidfd) = &self.pidfd else {
-            return Ok(());
-        };
-        match rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
-    }
+    Ok((got.bytes, got.flags.contains(ReturnFlags::CTRUNC)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::uffd::Uffd;
     use proptest::prelude::*;
+    use rustix::event::EventfdFlags;
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+    use std::io::{IoSlice, Write as _};
+    use std::os::fd::AsFd as _;
+    use std::thread::JoinHandle;
+
+    const REGION: &str = "{\"base_host_virt_addr\":4096,\"size\":4096,\"offset\":0}";
+
+    /// Sends these bytes, and these descriptors beside them.
+    fn send(stream: &UnixStream, bytes: &str, fds: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut beside = SendAncillaryBuffer::new(&mut space);
+        assert!(beside.push(SendAncillaryMessage::ScmRights(fds)));
+        let bytes = [IoSlice::new(bytes.as_bytes())];
+        rustix::net::sendmsg(stream, &bytes, &mut beside, SendFlags::empty()).unwrap();
+    }
+
+    /// What comes of a connection on which this is sent.
+    fn received(
+        sends: impl FnOnce(&mut UnixStream) + Send + 'static,
+    ) -> Result<Handshake, HandshakeError> {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        // A thread, and a stream that stays: what is sent is not read while it is being sent.
+        let sender: JoinHandle<UnixStream> = std::thread::spawn(move || {
+            sends(&mut theirs);
+            theirs
+        });
+        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let received = receive(&ours, stop.as_fd(), Vec::new());
+        drop(sender.join().unwrap());
+        received
+    }
+
+    fn is_unserved(received: &Result<Handshake, HandshakeError>) -> bool {
+        matches!(received, Err(HandshakeError::Unserved(_)))
+    }
+
+    #[test]
+    fn a_userfaultfd_that_is_lost_among_too_many_descriptors_is_not_overlooked() {
+        let at_once = received(|stream| {
+            let (null, uffd) = (std::fs::File::open("/dev/null").unwrap(), Uffd::create());
+            let (null, uffd) = (null.as_fd(), uffd.unwrap());
+            let fds = [null, null, null, null, uffd.as_fd()];
+            send(stream, &format!("[{REGION}]"), &fds);
+        });
+        assert!(is_unserved(&at_once), "{at_once:?}");
+        let one_by_one = received(|stream| {
+            let (null, uffd) = (std::fs::File::open("/dev/null").unwrap(), Uffd::create());
+            for _ in 0..4 {
+                send(stream, " ", &[null.as_fd()]);
+            }
+            send(stream, &format!("[{REGION}]"), &[uffd.unwrap().as_fd()]);
+        });
+        assert!(is_unserved(&one_by_one), "{one_by_one:?}");
+    }
+
+    #[test]
+    fn a_userfaultfd_behind_what_cannot_be_understood_is_not_overlooked() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (&theirs).write_all(b"no list").unwrap();
+        send(&theirs, "[]", &[Uffd::create().unwrap().as_fd()]);
+        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let received = receive(&ours, stop.as_fd(), Vec::new());
+        assert!(is_unserved(&received), "{received:?}");
+    }
+
+    #[test]
+    fn a_peer_that_is_turned_away_can_send_no_more_and_what_it_had_sent_counts() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let refused = turn_away(&ours, HandshakeError::NoMore);
+        assert!(matches!(refused, HandshakeError::NoMore));
+        assert!((&theirs).write_all(b"[").is_err());
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let uffd = Uffd::create().unwrap();
+        send(&theirs, &format!("[{REGION}]"), &[uffd.as_fd()]);
+        let refused = turn_away(&ours, HandshakeError::NoMore);
+        assert!(matches!(refused, HandshakeError::Unserved(_)));
+    }
+
+    #[test]
+    fn a_handshake_under_way_ends_when_the_pager_is_stopped() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let stop = rustix::event::eventfd(1, EventfdFlags::CLOEXEC).unwrap();
+        let received = receive(&ours, stop.as_fd(), Vec::new());
+        assert!(matches!(received, Err(HandshakeError::Stopped)));
+    }
+
+    #[test]
+    fn a_message_that_might_be_whole_at_each_of_its_pieces_is_parsed_a_few_times_only() {
+        let lists = PARSES_MAX + 10;
+        let refused = received(move |stream| {
+            drop(stream.write_all(b"[{\"new\":[[]"));
+            for _ in 0..lists {
+                // Until it is refused; each piece by itself, as a write may find the last one unread.
+                std::thread::sleep(Duration::from_millis(1));
+                if stream.write_all(b",[]").is_err() {
+                    return;
+                }
+            }
+            drop(stream.write_all(b"]}]"));
+        });
+        let Err(HandshakeError::Json(error)) = refused else {
+            panic!("{refused:?}");
+        };
+        assert!(error.is_eof());
+    }
 
     #[test]
     fn firecrackers_message_is_understood_in_both_spellings() {
@@ -313,6 +467,30 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_message_means_the_same_in_pieces(
+            lists in 0_usize..4, spaces in 0_usize..4, piece_bytes in 1_usize..80,
+        ) {
+            let new = vec!["[ ]"; lists].join(",");
+            let spaces = " ".repeat(spaces);
+            let region = REGION.replace('}', &format!(",\"new\":[{new}]}}"));
+            let message = format!("[{region}, {REGION}]{spaces}");
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+            let expected = parse(message.as_bytes()).unwrap();
+            let sender = std::thread::spawn(move || {
+                for piece in message.as_bytes().chunks(piece_bytes) {
+                    // Spaces behind the message find nobody who reads them.
+                    drop((&theirs).write_all(piece));
+                }
+                theirs
+            });
+            let found = Received::default().whole(&ours, stop.as_fd(), Vec::new()).unwrap();
+            prop_assert_eq!(found, expected);
+            drop(ours);
+            drop(sender.join().unwrap());
+        }
+
         #[test]
         fn no_message_makes_the_parser_panic(message in "[\\[\\]{}\",:a-z0-9_ -]{0,200}") {
             drop(parse(message.as_bytes()));

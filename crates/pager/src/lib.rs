@@ -16,12 +16,12 @@
 //! - `huge_source`: any source, in 2 MiB pages
 //! - `threads`: reader, worker, prefetcher
 //! - `pager`: what the owner calls
-//! - [`handshake`], [`server`]: a page-fault handler of its own, for any VMM that speaks
+//! - [`handshake`], [`server`], `peer`: a page-fault handler of its own, for any VMM that speaks
 //!   Firecracker's handshake
 //! - `fuzz`: what comes from outside, as bytes, for the fuzz targets
 //! - `region`, `tracking`: a piece of guest memory; how its writes are found out
-//! - `kernel`, `uffd`, `uffd_abi`, `pagemap`: the kernel's side; unsafe code is in the last two and
-//!   in `file_source`
+//! - `kernel`, `uffd`, `uffd_abi`, `pagemap`: the kernel's side; unsafe code is in the last two, in
+//!   `file_source` and in `peer`
 //!
 //! Beyond that handshake it knows neither VMMs nor builds. It does not create the VMM's
 //! userfaultfd, kill a VMM that it cannot serve (it says so, see [`FailureSignal`]; only the
@@ -51,6 +51,7 @@ mod model;
 mod page_set;
 mod pagemap;
 mod pager;
+mod peer;
 #[cfg(test)]
 #[cfg(not(feature = "shuttle"))]
 mod races;
@@ -75,6 +76,7 @@ pub use kernel::Backing;
 pub use machine::DirtyPages;
 pub use page_set::{PAGE_SIZE, PageRun, PageSet};
 pub use pager::{Pager, PagerConfig};
+pub use peer::Peer;
 pub use region::Region;
 pub use source::{Content, Mapped, PageSource, SourceKind, SourceRun};
 pub use stats::{Latencies, PagerStats};

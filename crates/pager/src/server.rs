@@ -1,41 +1,68 @@
 //! A page-fault handler of its own: serves any number of VMMs that speak the handshake.
 //!
-//! One thread waits for connections, for VMMs that end and for pagers that give up; each VMM has
-//! its [`Pager`], and each handshake a thread for as long as it takes, so that a peer that stalls
-//! keeps nobody waiting.
+//! One thread accepts connections, gathers what came of them and tells it. All else is done by a
+//! thread that each connection has (`connection`), from its handshake to the end of its VMM and
+//! of its [`Pager`](crate::Pager): the server's own thread never waits for a peer, for a process's
+//! end, or for a pager and its locks.
 //!
 //! A VMM that cannot be served any more is killed, and so are all of them when the server is
-//! stopped: a guest whose userfaultfd nobody serves hangs for ever, and its VMM with it.
+//! stopped: a guest whose userfaultfd nobody serves hangs for ever, and its VMM with it. That goes
+//! for connections that are refused, too, and for those that nobody has accepted when the server
+//! ends: a VMM whose userfaultfd came is killed, any other one can send it no more and learns so.
+//! The exception is a VMM whose process cannot be told (see [`Peer`]): it is refused, with the
+//! reason in the report, and left to whoever started it.
+//!
+//! A connection is accepted when there are descriptors for all that it will need. Until there are,
+//! it waits, unharmed.
 //!
 //! Memory comes as the VMM registered it: private, without write tracking.
 
-use std::collections::{HashMap, VecDeque};
+mod connection;
+mod report;
+
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
-use serde::Serialize;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
-use crate::error::PagerError;
-use crate::handshake::{HANDSHAKE_MAX, Handshake, HandshakeError, Peer, receive};
-use crate::kernel::Backing;
-use crate::page_set::{PAGE_SIZE_U64, PageRun};
-use crate::pager::{Pager, PagerConfig};
+use self::connection::{Connection, Mailbox, Note, Outcome, Slot, refused};
+use self::report::Tally;
+use crate::handshake::{FDS_MAX, HandshakeError, turn_away};
+use crate::page_set::PageRun;
+use crate::peer::Peer;
 use crate::source::PageSource;
-use crate::stats::{Latencies, PagerStats};
-use crate::uffd::Uffd;
+use crate::stats::Latencies;
 
-/// VMMs and handshakes at once. Each takes two threads and a few descriptors.
+pub use self::report::{Figures, Refusal, ServerReport, VmmReport};
+
+/// Connections at once, from the handshake to the end of the VMM and of its pager's last thread.
+/// Each takes three threads and a few descriptors.
 pub const VMMS_MAX: usize = 4096;
 
-/// VMMs whose figures a report tells one by one, the last ones; all are in its sums.
-const REPORTED_MAX: usize = 1024;
+/// Descriptors that must be free before a connection is accepted: its own, its process's, those
+/// that its message brings, two of its pager's.
+const FREE_FDS: usize = 8;
 
-/// How long a VMM that was killed may take to go.
-const KILL_MAX: Duration = Duration::from_secs(5);
+/// Those of them that are kept for the connection until its message is there; its pager's two have
+/// room where the message's had.
+const ROOM_FDS: usize = 6;
+
+const _: () = assert!(ROOM_FDS >= FDS_MAX && FREE_FDS >= ROOM_FDS + 2);
+
+/// How long no connection is accepted after one could not be, unless one ends earlier.
+const BACK_OFF: Duration = Duration::from_secs(1);
+
+/// How long the end of all VMMs and their pagers may take: a kill and a pager's stop take five
+/// seconds each at most, unless a pager's lock is held by storage that hangs.
+const ENDING_MAX: Duration = Duration::from_secs(12);
+
+/// Connections that are turned away in one go. The kernel lets no more wait (`somaxconn`) unless
+/// it is told to.
+const BACKLOG_MAX: usize = 4096;
 
 /// What a server serves.
 pub struct ServerConfig {
@@ -45,7 +72,8 @@ pub struct ServerConfig {
     pub len_pages: u64,
     /// What to bring in at once.
     pub prefetch: Vec<PageRun>,
-    /// After so many VMMs the server ends; `None`: when it is stopped.
+    /// After so many connections, refused ones among them, the server takes no more, and ends with
+    /// the last of them; `None`: when it is stopped.
     pub connections: Option<u64>,
 }
 
@@ -56,61 +84,6 @@ impl std::fmt::Debug for ServerConfig {
             .field("connections", &self.connections)
             .finish_non_exhaustive()
     }
-}
-
-/// The figures of one VMM, or of all of them together.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Figures {
-    /// Page faults answered.
-    pub faults: u64,
-    /// Pages installed with content.
-    pub pages_copied: u64,
-    /// Pages installed as zeros.
-    pub pages_zeroed: u64,
-    /// Pages that were brought in ahead.
-    pub pages_prefetched: u64,
-    /// Discards.
-    pub removes: u64,
-    /// Pages that they covered.
-    pub pages_removed: u64,
-    /// Times that the kernel put an operation off because of a discard under way.
-    pub eagain: u64,
-    /// Half of the faults were answered within this time.
-    pub p50_us: u64,
-    /// 99 of 100 were.
-    pub p99_us: u64,
-    /// All were.
-    pub max_us: u64,
-    /// Bytes installed, over the time from the handshake to the last of them.
-    pub bytes_per_s: u64,
-}
-
-/// How one VMM was served.
-#[derive(Clone, Debug, Serialize)]
-pub struct VmmReport {
-    /// Its process.
-    pub pid: i32,
-    /// Why it had to be given up, if it had.
-    pub error: Option<String>,
-    /// What was done for it.
-    #[serde(flatten)]
-    pub figures: Figures,
-}
-
-/// What a server has done.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct ServerReport {
-    /// All VMMs together.
-    #[serde(flatten)]
-    pub figures: Figures,
-    /// VMMs that were served and have gone.
-    pub vmms_served: u64,
-    /// Those of them that had to be given up.
-    pub vmms_failed: u64,
-    /// Connections whose handshake was refused.
-    pub refused: u64,
-    /// The last of the VMMs.
-    pub vmms: VecDeque<VmmReport>,
 }
 
 /// Ends a server, from any thread.
@@ -129,42 +102,25 @@ impl StopHandle {
 /// See the module.
 #[derive(Debug)]
 pub struct Server {
-    config: ServerConfig,
+    config: Arc<ServerConfig>,
     listener: UnixListener,
+    /// Readable, and staying so, once the server is stopped: its own thread and those of all
+    /// connections watch it.
     stop: Arc<OwnedFd>,
-    arrived: Arc<Arrivals>,
-    vmms: Vec<Vmm>,
-    /// Connections whose handshake is under way, by their number.
-    handshakes: HashMap<u64, UnixStream>,
+    mailbox: Arc<Mailbox>,
+    /// Connections that have a thread, by their number.
+    open: HashMap<u64, Open>,
     accepted: u64,
-    /// No descriptors were left for a connection; until one of ours ends, none is taken.
-    exhausted: bool,
-    latencies: Latencies,
-    busy: Duration,
-    report: ServerReport,
-}
-
-/// Where handshake threads leave what they got.
-#[derive(Debug)]
-struct Arrivals {
-    queue: Mutex<Vec<(u64, Result<Vmm, String>)>>,
-    event: OwnedFd,
+    /// A connection could not be taken in: none is until then, or until one of ours ends.
+    not_before: Option<Instant>,
+    tally: Tally,
 }
 
 #[derive(Debug)]
-struct Vmm {
-    peer: Peer,
-    pager: Pager,
-    failure: crate::FailureSignal,
-    since: Instant,
-}
-
-/// Who the server's wait was ended by.
-struct Ready {
-    stop: bool,
-    connection: bool,
-    /// Indices of VMMs that have gone or failed, the last first.
-    vmms: Vec<usize>,
+struct Open {
+    peer: Arc<Peer>,
+    /// Its VMM has gone, or is being ended.
+    ending: bool,
 }
 
 impl Server {
@@ -174,22 +130,16 @@ impl Server {
     /// The host has no descriptors left.
     pub fn new(listener: UnixListener, config: ServerConfig) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let event = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         Ok(Self {
-            config,
+            config: Arc::new(config),
             listener,
-            stop: Arc::new(event()?),
-            arrived: Arc::new(Arrivals {
-                queue: Mutex::default(),
-                event: event()?,
-            }),
-            vmms: Vec::new(),
-            handshakes: HashMap::new(),
+            stop: Arc::new(rustix::event::eventfd(0, flags)?),
+            mailbox: Arc::new(Mailbox::new()?),
+            open: HashMap::new(),
             accepted: 0,
-            exhausted: false,
-            latencies: Latencies::default(),
-            busy: Duration::ZERO,
-            report: ServerReport::default(),
+            not_before: None,
+            tally: Tally::default(),
         })
     }
 
@@ -199,316 +149,253 @@ impl Server {
         StopHandle(Arc::clone(&self.stop))
     }
 
-    /// Serves until the last of the connections has ended, or the server is stopped. `gone` is
-    /// called with what has been done so far whenever a VMM has gone.
+    /// Serves until the last of the connections has ended, or the server is stopped. `changed` is
+    /// called with what has been done so far whenever VMMs have gone or were refused; what it
+    /// takes long for, new connections wait for, and no VMM that is served.
     ///
     /// # Errors
-    /// The socket fails. VMMs that were served have been killed.
-    pub fn run(mut self, gone: &mut dyn FnMut(&ServerReport)) -> io::Result<ServerReport> {
-        let served = self.serve(gone);
-        self.end_handshakes();
-        let vmms = std::mem::take(&mut self.vmms);
-        // All at once: a large memory takes a while to go.
-        for vmm in &vmms {
-            if let Err(error) = vmm.peer.kill() {
-                tracing::error!(pid = vmm.peer.pid, %error, "a VMM that hangs cannot be killed");
-            }
-        }
-        for vmm in vmms {
-            self.end(vmm, Some("the pager was stopped".to_owned()));
-            gone(&self.report);
-        }
-        served.map(|()| self.report)
+    /// The socket fails while nobody is served, or the host's `poll` does. VMMs that were served
+    /// have been killed.
+    pub fn run(mut self, changed: &mut dyn FnMut(&ServerReport)) -> io::Result<ServerReport> {
+        let served = self.serve(changed);
+        self.end(changed);
+        served.map(|()| self.tally.report)
     }
 
-    fn serve(&mut self, gone: &mut dyn FnMut(&ServerReport)) -> io::Result<()> {
+    fn serve(&mut self, changed: &mut dyn FnMut(&ServerReport)) -> io::Result<()> {
         while !self.is_done() {
             let ready = self.wait()?;
             if ready.stop {
                 return Ok(());
             }
+            let told = self.told();
             if ready.connection {
                 self.accept()?;
             }
-            self.take_arrivals();
-            for index in ready.vmms {
-                let vmm = self.vmms.swap_remove(index);
-                let why = vmm.failure.get().map(|failure| failure.to_string());
-                self.end(vmm, why);
-                gone(&self.report);
+            self.take_notes();
+            if self.is_full() {
+                self.turn_away_waiting(|| HandshakeError::NoMore);
+            }
+            if self.told() != told {
+                changed(&self.tally.report);
             }
         }
         Ok(())
     }
 
-    fn is_done(&self) -> bool {
-        let all = self
-            .config
-            .connections
-            .is_some_and(|all| self.accepted >= all);
-        all && self.vmms.is_empty() && self.handshakes.is_empty()
+    /// How many connections the report tells of.
+    fn told(&self) -> u64 {
+        self.tally.report.vmms_served + self.tally.report.refused
     }
 
-    fn wants_connections(&self) -> bool {
-        let more = self
-            .config
-            .connections
-            .is_none_or(|all| self.accepted < all);
-        more && !self.exhausted && self.vmms.len() + self.handshakes.len() < VMMS_MAX
+    fn is_full(&self) -> bool {
+        let all = self.config.connections;
+        all.is_some_and(|all| self.accepted >= all)
+    }
+
+    /// Those whose end takes long are waited for by [`Server::end`], which has a deadline.
+    fn is_done(&self) -> bool {
+        self.is_full() && self.open.values().all(|open| open.ending)
     }
 
     fn wait(&self) -> io::Result<Ready> {
-        let listener = self.wants_connections().then(|| self.listener.as_fd());
-        let fixed = [
-            Some(self.stop.as_fd()),
-            Some(self.arrived.event.as_fd()),
-            listener,
+        let now = Instant::now();
+        let room = !self.is_full() && self.mailbox.slots_taken() < VMMS_MAX;
+        let back_off = self
+            .not_before
+            .map(|then| then.saturating_duration_since(now))
+            .filter(|left| room && !left.is_zero());
+        let accepts = room && back_off.is_none();
+        let mut fds = vec![
+            PollFd::new(&*self.stop, PollFlags::IN),
+            PollFd::new(&self.mailbox.event, PollFlags::IN),
         ];
-        let of_vmms = self.vmms.iter().flat_map(|vmm| {
-            let pidfd = vmm.peer.pidfd().map(OwnedFd::as_fd);
-            [pidfd, Some(vmm.failure.as_fd())]
-        });
-        let watched: Vec<Option<BorrowedFd<'_>>> = fixed.into_iter().chain(of_vmms).collect();
-        let mut fds: Vec<PollFd<'_>> = watched
-            .iter()
-            .flatten()
-            .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN))
-            .collect();
-        match rustix::event::poll(&mut fds, None) {
+        if accepts {
+            fds.push(PollFd::new(&self.listener, PollFlags::IN));
+        }
+        let timeout = back_off.and_then(|left| Timespec::try_from(left).ok());
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let mut answers = fds.iter().map(|fd| !fd.revents().is_empty());
-        // A VMM without a pidfd had ended when it was asked for: ready at once.
-        let said: Vec<bool> = watched
-            .iter()
-            .map(|fd| fd.is_none_or(|_| answers.next().unwrap_or(false)))
-            .collect();
-        let (fixed, of_vmms) = said.split_at(fixed.len());
-        let ended = of_vmms.chunks(2).enumerate();
+        let said = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
         Ok(Ready {
-            stop: fixed[0],
-            connection: fixed[2] && listener.is_some(),
-            vmms: ended
-                .rev()
-                .filter(|(_, said)| said.iter().any(|said| *said))
-                .map(|(index, _)| index)
-                .collect(),
+            stop: said(0),
+            connection: said(2),
         })
     }
 
+    /// Takes a connection in. One that cannot be waits; those that are served must not suffer for
+    /// it.
     fn accept(&mut self) -> io::Result<()> {
-        let stream = match self.listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            // The peer's doing, or over in a moment.
-            Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => return Ok(()),
-            Err(error) => return self.out_of_descriptors(error),
+        let Err(error) = self.take_in() else {
+            return Ok(());
         };
-        match self.begin_handshake(stream) {
-            Ok(()) => Ok(()),
-            Err(error) => self.out_of_descriptors(error),
+        let over = [io::ErrorKind::WouldBlock, io::ErrorKind::ConnectionAborted];
+        if over.contains(&error.kind()) {
+            return Ok(());
         }
-    }
-
-    /// A connection could not be taken in. Those that are served must not suffer for it.
-    fn out_of_descriptors(&mut self, error: io::Error) -> io::Result<()> {
-        let passes = [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EAGAIN];
-        let ours = self.vmms.len() + self.handshakes.len();
-        if ours == 0 || !error.raw_os_error().is_some_and(|e| passes.contains(&e)) {
+        if self.open.is_empty() {
             return Err(error);
         }
-        tracing::warn!(%error, served = ours, "no more VMMs are taken until one has gone");
-        self.exhausted = true;
+        let served = self.open.len();
+        tracing::warn!(%error, served, "no more VMMs are taken for a moment");
+        self.not_before = Some(Instant::now() + BACK_OFF);
         Ok(())
     }
 
-    fn begin_handshake(&mut self, stream: UnixStream) -> io::Result<()> {
-        stream.set_nonblocking(false)?;
-        let (source, arrived) = (Arc::clone(&self.config.source), Arc::clone(&self.arrived));
-        let (len_pages, prefetch) = (self.config.len_pages, self.config.prefetch.clone());
+    fn take_in(&mut self) -> io::Result<()> {
+        let mut room = free_descriptors(self.stop.as_fd())?;
+        room.truncate(ROOM_FDS);
+        let (stream, _) = self.listener.accept()?;
         let number = self.accepted;
-        let kept = stream.try_clone()?;
-        std::thread::Builder::new()
-            .name("pager-greets".to_owned())
-            .spawn(move || {
-                let vmm = greet(&stream, source, len_pages, prefetch);
-                let mut queue = arrived.queue.lock().unwrap_or_else(PoisonError::into_inner);
-                queue.push((number, vmm));
-                if let Err(error) = rustix::io::write(&arrived.event, &1_u64.to_ne_bytes()) {
-                    tracing::error!(%error, "the server cannot be told of a VMM");
-                }
-            })?;
-        self.handshakes.insert(number, kept);
         self.accepted += 1;
+        let peer = Peer::of(&stream).or_else(|_| {
+            room.clear();
+            Peer::of(&stream)
+        });
+        let peer = match peer {
+            Ok(peer) => Arc::new(peer),
+            Err(error) => {
+                let why = turn_away(&stream, HandshakeError::Socket(error));
+                self.tally.refuse(None, why.to_string());
+                return Ok(());
+            }
+        };
+        let stream = Arc::new(stream);
+        let connection = Connection {
+            number,
+            stream: Arc::clone(&stream),
+            peer: Arc::clone(&peer),
+            config: Arc::clone(&self.config),
+            stop: Arc::clone(&self.stop),
+            mailbox: Arc::clone(&self.mailbox),
+            slot: Slot::take(&self.mailbox),
+            room,
+        };
+        match connection.start() {
+            Ok(()) => {
+                let ending = false;
+                self.open.insert(number, Open { peer, ending });
+            }
+            Err(error) => {
+                let why = turn_away(&stream, HandshakeError::Thread(error));
+                self.tally.refuse(Some(peer.pid), refused(&peer, &why));
+            }
+        }
         Ok(())
     }
 
-    fn take_arrivals(&mut self) {
-        let mut count = [0; 8];
-        if rustix::io::read(&self.arrived.event, &mut count).is_err() {
-            return;
+    /// Nobody can connect any more, and nobody who has connected is left waiting.
+    fn turn_away_waiting(&mut self, why: impl Fn() -> HandshakeError) {
+        if let Err(error) = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Read) {
+            tracing::warn!(%error, "the socket cannot be closed to new VMMs");
         }
-        let arrived = {
-            let queue = self.arrived.queue.lock();
-            std::mem::take(&mut *queue.unwrap_or_else(PoisonError::into_inner))
-        };
-        for (number, vmm) in arrived {
-            self.handshakes.remove(&number);
-            self.exhausted = false;
-            match vmm {
-                Ok(vmm) => self.vmms.push(vmm),
-                Err(why) => {
-                    tracing::warn!(why, "a VMM was refused");
-                    self.report.refused += 1;
+        for _ in 0..BACKLOG_MAX {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                // Which of the two it is where nobody waits, the kernel's versions do not agree on.
+                Err(error)
+                    if [io::ErrorKind::WouldBlock, io::ErrorKind::InvalidInput]
+                        .contains(&error.kind()) =>
+                {
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "VMMs that came too late wait still");
+                    return;
+                }
+            };
+            match Peer::of(&stream) {
+                Ok(peer) => {
+                    let why = turn_away(&stream, why());
+                    self.tally.refuse(Some(peer.pid), refused(&peer, &why));
+                }
+                Err(error) => {
+                    let why = turn_away(&stream, HandshakeError::Socket(error));
+                    self.tally.refuse(None, why.to_string());
                 }
             }
         }
     }
 
-    /// Lets no VMM slip away whose handshake is just being done: it would hang for ever.
-    fn end_handshakes(&mut self) {
-        for stream in self.handshakes.values() {
-            // One that has ended by itself needs no end.
-            drop(stream.shutdown(std::net::Shutdown::Read));
-        }
-        let deadline = Instant::now() + HANDSHAKE_MAX;
-        while !self.handshakes.is_empty() && Instant::now() < deadline {
-            let mut fds = [PollFd::new(&self.arrived.event, PollFlags::IN)];
-            let timeout = rustix::event::Timespec::try_from(HANDSHAKE_MAX).ok();
-            if let Err(error) = rustix::event::poll(&mut fds, timeout.as_ref()) {
-                tracing::warn!(%error, "handshakes were not waited for");
+    fn take_notes(&mut self) {
+        for note in self.mailbox.take() {
+            self.not_before = None;
+            match note {
+                Note::Ending(number) => {
+                    if let Some(open) = self.open.get_mut(&number) {
+                        open.ending = true;
+                    }
+                }
+                Note::Over(number, outcome) => {
+                    let open = self.open.remove(&number);
+                    match outcome {
+                        Outcome::Refused(why) => {
+                            self.tally.refuse(open.map(|open| open.peer.pid), why);
+                        }
+                        Outcome::Served(served) => {
+                            self.tally
+                                .add(served.report, &served.latencies, served.busy);
+                        }
+                    }
+                }
             }
-            self.take_arrivals();
         }
     }
 
-    /// The VMM has gone, or has to go.
-    fn end(&mut self, vmm: Vmm, why: Option<String>) {
-        if let Some(why) = &why {
-            tracing::error!(pid = vmm.peer.pid, why, "the VMM is killed");
-            kill(&vmm.peer);
+    /// Lets no VMM slip away. The connections' threads end theirs, all at once.
+    fn end(&mut self, changed: &mut dyn FnMut(&ServerReport)) {
+        self.stop_handle().stop();
+        self.turn_away_waiting(|| HandshakeError::Stopped);
+        let deadline = Instant::now() + ENDING_MAX;
+        while !self.open.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let mut fds = [PollFd::new(&self.mailbox.event, PollFlags::IN)];
+            let timeout = Timespec::try_from(left).ok();
+            if let Err(error) = rustix::event::poll(&mut fds, timeout.as_ref())
+                && error != rustix::io::Errno::INTR
+            {
+                tracing::warn!(%error, "the VMMs' ends were not waited for");
+                break;
+            }
+            self.take_notes();
         }
-        let stats = vmm.pager.stats();
-        let latencies = vmm.pager.latencies();
-        let busy = vmm.pager.last_install().map_or(Duration::ZERO, |last| {
-            last.saturating_duration_since(vmm.since)
-        });
-        if let Err(error) = vmm.pager.shutdown() {
-            tracing::error!(%error, "a VMM's pager");
+        for open in std::mem::take(&mut self.open).into_values() {
+            self.give_up(&open.peer);
         }
-        self.exhausted = false;
+        // There may have been too few descriptors for it before.
+        self.turn_away_waiting(|| HandshakeError::Stopped);
+        changed(&self.tally.report);
+    }
+
+    /// Its thread is stuck behind its pager's lock, and the figures with it.
+    fn give_up(&mut self, peer: &Peer) {
+        if let Err(error) = peer.kill() {
+            tracing::error!(pid = peer.pid, %error, "a VMM that hangs cannot be killed");
+        }
+        let error = format!("its pager did not end within {ENDING_MAX:?}: its figures are lost");
         let report = VmmReport {
-            pid: vmm.peer.pid,
-            error: why,
-            figures: Figures::of(&stats, &latencies, busy),
+            pid: peer.pid,
+            error: Some(error),
+            figures: Figures::default(),
         };
-        self.add(report, &latencies, busy);
-    }
-
-    fn add(&mut self, report: VmmReport, latencies: &Latencies, busy: Duration) {
-        self.latencies.add(latencies);
-        self.busy += busy;
-        self.report.vmms_served += 1;
-        self.report.vmms_failed += u64::from(report.error.is_some());
-        let (all, one) = (&mut self.report.figures, &report.figures);
-        all.faults += one.faults;
-        all.pages_copied += one.pages_copied;
-        all.pages_zeroed += one.pages_zeroed;
-        all.pages_prefetched += one.pages_prefetched;
-        all.removes += one.removes;
-        all.pages_removed += one.pages_removed;
-        all.eagain += one.eagain;
-        all.set_times(&self.latencies, self.busy);
-        if self.report.vmms.len() >= REPORTED_MAX {
-            self.report.vmms.pop_front();
-        }
-        self.report.vmms.push_back(report);
+        self.tally
+            .add(report, &Latencies::default(), Duration::ZERO);
     }
 }
 
-/// Does the handshake and starts the pager. A peer that spoke wrongly is told by the end of its
-/// connection; one whose memory cannot be served is killed, since it waits already.
-fn greet(
-    stream: &UnixStream,
-    source: Arc<dyn PageSource>,
-    len_pages: u64,
-    prefetch: Vec<PageRun>,
-) -> Result<Vmm, String> {
-    let Handshake {
-        uffd,
-        regions,
-        peer,
-    } = match receive(stream) {
-        Ok(handshake) => handshake,
-        Err(HandshakeError::Unserved { peer, why }) => return Err(kill_unserved(&peer, &*why)),
-        Err(error) => return Err(error.to_string()),
-    };
-    let since = Instant::now();
-    let end = |region: &crate::Region| region.guest_offset_bytes + region.len_bytes;
-    let guest_bytes = regions.iter().map(end).max().unwrap_or(0);
-    let started = if guest_bytes.div_ceil(PAGE_SIZE_U64) > len_pages {
-        Err(PagerError::Config(
-            "the guest's memory is larger than what it is to be served from",
-        ))
-    } else {
-        Uffd::from_fd(uffd).and_then(|uffd| {
-            let mut config = PagerConfig::new(uffd, regions, source, Backing::Anonymous);
-            config.prefetch = prefetch;
-            Pager::start(config)
-        })
-    };
-    match started {
-        Ok(pager) => Ok(Vmm {
-            failure: pager.failure(),
-            peer,
-            pager,
-            since,
-        }),
-        Err(error) => Err(kill_unserved(&peer, &error)),
-    }
+/// What the server's wait was ended by.
+struct Ready {
+    stop: bool,
+    connection: bool,
 }
 
-/// Ends a VMM that was taken in too far to go on by itself. Returns what to tell of it.
-fn kill_unserved(peer: &Peer, why: &dyn std::error::Error) -> String {
-    kill(peer);
-    format!("{why}; its process {} was killed", peer.pid)
-}
-
-/// Kills a process and waits until its memory has gone.
-fn kill(peer: &Peer) {
-    if let Err(error) = peer.kill() {
-        tracing::error!(pid = peer.pid, %error, "a VMM that hangs cannot be killed");
-        return;
-    }
-    let Some(pidfd) = peer.pidfd() else { return };
-    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
-    let timeout = rustix::event::Timespec::try_from(KILL_MAX).ok();
-    if let Err(error) = rustix::event::poll(&mut fds, timeout.as_ref()) {
-        tracing::warn!(pid = peer.pid, %error, "a VMM's end was not waited for");
-    }
-}
-
-impl Figures {
-    fn of(stats: &PagerStats, latencies: &Latencies, busy: Duration) -> Self {
-        let mut figures = Self {
-            faults: stats.faults,
-            pages_copied: stats.pages_copied,
-            pages_zeroed: stats.pages_zeroed,
-            pages_prefetched: stats.pages_prefetched,
-            removes: stats.removes,
-            pages_removed: stats.pages_removed,
-            eagain: stats.eagain,
-            ..Self::default()
-        };
-        figures.set_times(latencies, busy);
-        figures
-    }
-
-    fn set_times(&mut self, latencies: &Latencies, busy: Duration) {
-        (self.p50_us, self.p99_us, self.max_us) = latencies.quantiles();
-        let bytes = u128::from(self.pages_copied + self.pages_zeroed) * u128::from(PAGE_SIZE_U64);
-        let per_s = bytes * 1_000_000 / busy.as_micros().max(1);
-        self.bytes_per_s = u64::try_from(per_s).unwrap_or(u64::MAX);
-    }
+/// As many descriptors as a connection needs at most. They are there as long as these are held.
+fn free_descriptors(of: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
+    let descriptor = |_| rustix::io::fcntl_dupfd_cloexec(of, 0).map_err(io::Error::from);
+    (0..FREE_FDS).map(descriptor).collect()
 }

@@ -463,11 +463,12 @@ pub(crate) struct PagerArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) memfile: Option<PathBuf>,
 
-    /// End after so many VMMs [default: when interrupted]
+    /// Take so many connections, refused ones included, and end with the last of their VMMs
+    /// [default: end when interrupted]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) connections: Option<u64>,
 
-    /// Write what was done, as JSON, whenever a VMM has gone
+    /// Write what was done, as JSON, whenever a VMM has gone or was refused
     #[arg(long, value_name = "FILE")]
     pub(crate) report: Option<PathBuf>,
 }

@@ -23,7 +23,8 @@ pub(crate) async fn run(context: &Context, args: PagerArgs) -> Result<(), CliErr
         Some(_) => Some(context.open_storage().await?),
         None => None,
     };
-    // Each VMM takes four descriptors; the usual limit would do for some 250.
+    // Each VMM takes four descriptors (eight must be free when it comes); the usual limit would do
+    // for some 250.
     raise_descriptor_limit();
     let (socket, report) = (Socket::bind(&args.socket)?, args.report.clone());
     let server = blocking(move || server(storage.as_ref(), &args, &socket).map(|s| (s, socket)));
@@ -158,7 +159,7 @@ fn text(report: &ServerReport) -> String {
          page faults    {} (p50 {} us, p99 {} us, max {} us)\n\
          pages          {} copied, {} zeroed; {} of them ahead of their faults\n\
          discards       {} ({} pages)\n\
-         rate           {}/s while pages were being installed",
+         rate           {}/s for each VMM, from its handshake to its last page",
         report.vmms_served,
         report.vmms_failed,
         report.refused,

@@ -22,18 +22,23 @@ use std::io::{BufRead, BufReader, IoSlice, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-use rustix::process::Signal;
+use rustix::process::{Pid, Resource, Rlimit, Signal};
 use serde_json::Value;
 use tempfile::TempDir;
 use torpor_build::{BuildId, BuildInfo, ImageKind, PageContent, Storage};
-use torpor_pager::{Region, Uffd, WriteTracking};
+use torpor_pager::server::{Server, ServerConfig, ServerReport, StopHandle};
+use torpor_pager::{PageSource, Region, SourceKind, SourceRun, Uffd, WriteTracking};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const PAGE: usize = 4096;
@@ -110,8 +115,41 @@ impl Served {
         Some(serde_json::from_slice(&text).unwrap())
     }
 
+    /// The report, once it tells of so many refused connections.
+    fn refusals(&self, refused: u64) -> Vec<Value> {
+        let report = || self.report().filter(|report| report["refused"] == refused);
+        let report = until("the report", report);
+        report["refusals"].as_array().unwrap().clone()
+    }
+
     fn vmm(&self) -> Vmm {
         Vmm::start(&self.socket(), PAGES)
+    }
+
+    /// A VMM whose message waits to be read: the pager must be standing.
+    fn waiting_vmm(&self) -> Vmm {
+        let mut vmm = self.vmm();
+        assert_eq!(vmm.ask("hello"), "hello");
+        vmm
+    }
+
+    fn signal(&self, signal: Signal) {
+        assert!(support::signal(self.child.id(), signal));
+    }
+
+    fn limit(&self, resource: Resource, limit: u64) {
+        let pid = Some(Pid::from_child(&self.child));
+        let old = rustix::process::getrlimit(resource);
+        let limit = Rlimit {
+            current: Some(limit),
+            maximum: old.maximum,
+        };
+        rustix::process::prlimit(pid, resource, limit).unwrap();
+    }
+
+    fn open_descriptors(&self) -> u64 {
+        let open = std::fs::read_dir(format!("/proc/{}/fd", self.child.id()));
+        open.unwrap().count() as u64
     }
 
     /// Its exit code, once it has ended.
@@ -182,6 +220,12 @@ impl Vmm {
 
     fn answer(&mut self) -> String {
         loop {
+            if self.stdout.buffer().is_empty() {
+                let mut fds = [PollFd::new(self.stdout.get_ref(), PollFlags::IN)];
+                let deadline = Timespec::try_from(DEADLINE).unwrap();
+                let said = rustix::event::poll(&mut fds, Some(&deadline)).unwrap();
+                assert_ne!(said, 0, "the VMM does not answer");
+            }
             let mut line = String::new();
             let got = self.stdout.read_line(&mut line).unwrap();
             assert_ne!(got, 0, "the VMM process ended");
@@ -278,6 +322,7 @@ fn vmm_role() {
         let words: Vec<&str> = line.split(' ').collect();
         let number = |index: usize| words[index].parse::<usize>().unwrap();
         match words[0] {
+            "hello" => println!("@ hello"),
             // SAFETY: as above.
             "read" => println!("@ {}", unsafe { at(number(1)).read_volatile() }),
             "sum" => {
@@ -440,27 +485,31 @@ fn a_peer_that_speaks_wrongly_is_refused_and_the_others_are_served() {
     let served = Served::on_memory_file(PAGES, &["--connections", "6"]);
     let null = File::open("/dev/null").unwrap();
     let region = "[{\"base_host_virt_addr\":4096,\"size\":4096,\"offset\":0}]";
-    for (message, fds) in [
-        ("no json at all", vec![]),
-        ("[]", vec![null.as_fd()]),
-        (region, vec![]),
-        (region, vec![null.as_fd()]),
-        (region, vec![null.as_fd(), null.as_fd()]),
-    ] {
+    let wrong = [
+        ("no json at all", vec![], "not a list"),
+        ("[]", vec![null.as_fd()], "0 memory regions"),
+        (region, vec![], "0 descriptors"),
+        (region, vec![null.as_fd()], "no userfaultfd"),
+        (region, vec![null.as_fd(), null.as_fd()], "2 descriptors"),
+    ];
+    for (refused, (message, fds, reason)) in (1..).zip(wrong) {
         let stream = UnixStream::connect(served.socket()).unwrap();
         send(&stream, message, &fds);
         // Refused is: the connection ends.
         let got = std::io::Read::read(&mut &stream, &mut [0]).unwrap();
         assert_eq!(got, 0, "{message}");
+        let told = served.refusals(refused).pop().unwrap();
+        let error = told["error"].as_str().unwrap();
+        assert!(error.contains(reason), "{error}");
+        assert_eq!(told["pid"], std::process::id());
     }
     let mut vmm = served.vmm();
     assert_eq!(vmm.ask("read 7"), "7");
     drop(vmm);
-    let report = until("the report", || served.report());
-    assert_eq!(
-        (&report["refused"], &report["vmms_served"]),
-        (&5.into(), &1.into())
-    );
+    let report = until("the report", || {
+        served.report().filter(|report| report["vmms_served"] == 1)
+    });
+    assert_eq!(report["vmms"].as_array().unwrap().len(), 1);
 }
 
 #[test]
@@ -469,6 +518,13 @@ fn a_guest_larger_than_the_memory_file_is_refused_and_killed() {
     let mut vmm = served.vmm();
     vmm.send("read 2000");
     assert!(vmm.is_killed(), "it would wait for ever");
+    let refusal = &served.refusals(1)[0];
+    let error = refusal["error"].as_str().unwrap();
+    assert!(
+        error.contains("larger than") && error.contains("was killed"),
+        "{error}"
+    );
+    assert_eq!(refusal["pid"], vmm.child.id());
 }
 
 #[test]
@@ -478,6 +534,13 @@ fn a_vmm_whose_regions_cannot_be_served_is_refused_and_killed() {
     vmm.send("read 7");
     assert!(vmm.is_killed(), "it would wait for ever");
     assert_eq!(served.vmm().ask("read 7"), "7");
+    let refusal = &served.refusals(1)[0];
+    let error = refusal["error"].as_str().unwrap();
+    assert!(
+        error.contains("region at") && error.contains("was killed"),
+        "{error}"
+    );
+    assert_eq!(refusal["pid"], vmm.child.id());
 }
 
 #[test]
@@ -511,15 +574,8 @@ fn connections_beyond_the_descriptors_wait_and_harm_nobody_who_is_served() {
     let served = Served::on_memory_file(PAGES, &[]);
     let mut vmm = served.vmm();
     assert_eq!(vmm.ask("read 7"), "7");
-    let pid = rustix::process::Pid::from_child(&served.child);
-    let open = std::fs::read_dir(format!("/proc/{}/fd", served.child.id()));
-    let few = Some(open.unwrap().count() as u64 + 9);
-    let limit = rustix::process::Rlimit {
-        current: few,
-        maximum: few,
-    };
-    rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, limit).unwrap();
-    // Two descriptors for each of those that get in.
+    // Enough for one at a time.
+    served.limit(Resource::Nofile, served.open_descriptors() + 9);
     let silent: Vec<_> = (0..20)
         .map(|_| UnixStream::connect(served.socket()).unwrap())
         .collect();
@@ -530,4 +586,227 @@ fn connections_beyond_the_descriptors_wait_and_harm_nobody_who_is_served() {
     let mut another = served.vmm();
     assert_eq!(another.ask("read 8"), "8");
     assert_eq!(vmm.ask("read 9"), "9");
+}
+
+#[test]
+fn a_vmm_that_comes_when_descriptors_are_short_is_served_when_there_are_some() {
+    let served = Served::on_memory_file(PAGES, &[]);
+    let mut first = served.vmm();
+    assert_eq!(first.ask("read 7"), "7");
+    let open = served.open_descriptors();
+    for few in 0..5 {
+        served.signal(Signal::STOP);
+        let mut vmm = served.waiting_vmm();
+        served.limit(Resource::Nofile, open + few);
+        served.signal(Signal::CONT);
+        // Whatever it does about the newcomer, it has done by then.
+        for page in 1000..1100 {
+            assert_eq!(first.ask(&format!("read {page}")), page.to_string());
+        }
+        served.limit(Resource::Nofile, open + 100);
+        assert_eq!(vmm.ask("read 8"), "8");
+    }
+}
+
+#[test]
+fn a_vmm_for_which_no_thread_can_be_started_is_killed_and_harms_nobody() {
+    let served = Served::on_memory_file(PAGES, &[]);
+    let mut first = served.vmm();
+    assert_eq!(first.ask("read 7"), "7");
+    served.signal(Signal::STOP);
+    let mut vmm = served.waiting_vmm();
+    vmm.send("read 7");
+    let statm = std::fs::read_to_string(format!("/proc/{}/statm", served.child.id())).unwrap();
+    let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
+    // Room for a message, and for no thread's stack.
+    served.limit(Resource::As, (pages + 32) * PAGE as u64);
+    served.signal(Signal::CONT);
+    assert!(vmm.is_killed(), "it would wait for ever");
+    assert_eq!(first.ask("read 8"), "8");
+    let error = served.refusals(1)[0]["error"].to_string();
+    assert!(error.contains("thread"), "{error}");
+}
+
+#[test]
+fn a_vmm_beyond_the_last_connection_is_killed_and_does_not_hang() {
+    let mut served = Served::on_memory_file(PAGES, &["--connections", "1"]);
+    served.signal(Signal::STOP);
+    let mut first = served.waiting_vmm();
+    let mut second = served.waiting_vmm();
+    second.send("read 7");
+    served.signal(Signal::CONT);
+    assert_eq!(first.ask("read 7"), "7");
+    assert!(second.is_killed(), "it would wait for ever");
+    assert_eq!(first.ask("read 8"), "8");
+    assert!(UnixStream::connect(served.socket()).is_err());
+    drop(first);
+    assert_eq!(served.end(), 0);
+    assert_eq!(served.refusals(1)[0]["pid"], second.child.id());
+}
+
+#[test]
+fn a_vmm_that_nobody_has_accepted_yet_is_killed_when_the_pager_is_interrupted() {
+    let mut served = Served::on_memory_file(PAGES, &[]);
+    served.signal(Signal::STOP);
+    let mut vmms = [served.waiting_vmm(), served.waiting_vmm()];
+    served.signal(Signal::INT);
+    served.signal(Signal::CONT);
+    for vmm in &mut vmms {
+        assert!(vmm.is_killed());
+    }
+    assert_eq!(served.end(), 130);
+}
+
+/// Each page holds its number. Asking what stands at one page takes until a gate is opened, which
+/// holds up whoever needs that guest's page states; another one cannot be read.
+#[derive(Default)]
+struct HangingSource {
+    asked: AtomicBool,
+    open: Mutex<bool>,
+    opened: Condvar,
+}
+
+const HANGING_PAGE: u64 = 1600;
+const BROKEN_PAGE: u64 = 900;
+
+impl HangingSource {
+    fn open(&self) {
+        *self.open.lock().unwrap() = true;
+        self.opened.notify_all();
+    }
+}
+
+impl PageSource for HangingSource {
+    fn run_at(&self, page: u64) -> SourceRun {
+        if page == HANGING_PAGE {
+            self.asked.store(true, Ordering::Release);
+            let open = self.open.lock().unwrap();
+            drop(self.opened.wait_while(open, |open| !*open).unwrap());
+        }
+        SourceRun {
+            pages: 1,
+            kind: SourceKind::Data,
+        }
+    }
+
+    fn read(&self, first_page: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        for (page, bytes) in (first_page..).zip(buf.chunks_mut(PAGE)) {
+            if page == BROKEN_PAGE {
+                return Err(std::io::Error::other("this page is broken"));
+            }
+            bytes[..8].copy_from_slice(&page.to_le_bytes());
+        }
+        Ok(())
+    }
+}
+
+/// A server in this process, and its last report.
+struct Here {
+    dir: TempDir,
+    source: Arc<HangingSource>,
+    stop: StopHandle,
+    report: Arc<Mutex<ServerReport>>,
+    thread: JoinHandle<ServerReport>,
+}
+
+impl Here {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("pager.sock")).unwrap();
+        let source = Arc::new(HangingSource::default());
+        let config = ServerConfig {
+            source: Arc::clone(&source) as Arc<dyn PageSource>,
+            len_pages: PAGES as u64,
+            prefetch: Vec::new(),
+            connections: None,
+        };
+        let server = Server::new(listener, config).unwrap();
+        let stop = server.stop_handle();
+        let report = Arc::new(Mutex::new(ServerReport::default()));
+        let kept = Arc::clone(&report);
+        let thread = std::thread::spawn(move || {
+            let mut keep = |report: &ServerReport| *kept.lock().unwrap() = report.clone();
+            server.run(&mut keep).unwrap()
+        });
+        Self {
+            dir,
+            source,
+            stop,
+            report,
+            thread,
+        }
+    }
+
+    fn vmm(&self) -> Vmm {
+        Vmm::start(&self.dir.path().join("pager.sock"), PAGES)
+    }
+
+    /// A VMM whose pager is held up.
+    fn hanging_vmm(&self) -> Vmm {
+        let mut vmm = self.vmm();
+        assert_eq!(vmm.ask("read 3"), "3");
+        vmm.send(&format!("read {HANGING_PAGE}"));
+        until("the source hangs", || {
+            self.source.asked.load(Ordering::Acquire).then_some(())
+        });
+        vmm
+    }
+
+    fn told_of(&self, vmm: &Vmm) -> bool {
+        let told = |pid: i32| u32::try_from(pid).unwrap() == vmm.child.id();
+        let report = self.report.lock().unwrap();
+        report.vmms.iter().any(|vmm| told(vmm.pid))
+    }
+
+    fn end(self) -> ServerReport {
+        until("the server ends", || {
+            self.thread.is_finished().then_some(())
+        });
+        self.thread.join().unwrap()
+    }
+}
+
+#[test]
+fn a_vmm_whose_pager_hangs_keeps_no_other_waiting() {
+    let here = Here::start();
+    let mut other = here.vmm();
+    assert_eq!(other.ask("read 3"), "3");
+    let mut hanging = here.hanging_vmm();
+    hanging.child.kill().unwrap();
+    hanging.child.wait().unwrap();
+    // A new one,
+    let mut new = here.vmm();
+    assert_eq!(new.ask("read 4"), "4");
+    // one that fails,
+    other.send(&format!("read {BROKEN_PAGE}"));
+    assert!(other.is_killed(), "it would wait for ever");
+    // and one that ends.
+    new.child.kill().unwrap();
+    until("both ends are reported", || {
+        (here.told_of(&other) && here.told_of(&new)).then_some(())
+    });
+    assert!(!here.told_of(&hanging));
+    here.source.open();
+    until("the end that took long is reported", || {
+        here.told_of(&hanging).then_some(())
+    });
+    here.stop.stop();
+    let report = here.end();
+    assert_eq!((report.vmms_served, report.vmms_failed), (3, 1));
+}
+
+#[test]
+fn a_server_whose_pagers_hang_kills_its_vmms_and_ends() {
+    let here = Here::start();
+    let mut hanging = [here.hanging_vmm(), here.hanging_vmm()];
+    let mut other = here.vmm();
+    assert_eq!(other.ask("read 3"), "3");
+    here.stop.stop();
+    for vmm in hanging.iter_mut().chain([&mut other]) {
+        assert!(vmm.is_killed());
+    }
+    let source = Arc::clone(&here.source);
+    let report = here.end();
+    assert_eq!((report.vmms_served, report.vmms_failed), (3, 3));
+    source.open();
 }
