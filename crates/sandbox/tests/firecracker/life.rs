@@ -1,6 +1,6 @@
-//! Many at once, killed at any step, drained: what sandboxes live through.
+//! Many at once, killed at any step: what sandboxes live through.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use torpor_build::{Build, ValidateOptions};
 use torpor_guest::Command;
@@ -8,15 +8,12 @@ use torpor_sandbox::flags::PauseFlags;
 use torpor_sandbox::host::Host;
 use torpor_sandbox::pause::report::PauseStep;
 use torpor_sandbox::pause::{checkpoint, pause};
-use torpor_vmm::DrainOutcome;
 
 use crate::common::{
     Cleanup, assert_gone, at_step, every_frame, flip, kill_for_good, lost, pause_request, sh,
     wait_until,
 };
-use crate::lab::{
-    DRAIN_MS, PATIENCE, boot_guest, can_drain, host, paused_exactly, resume_guest, template,
-};
+use crate::lab::{PATIENCE, host, paused_exactly, resume_guest, template};
 
 const CLONES_MAX: usize = 10;
 const CLONES_PER_PROCESSOR: usize = 5;
@@ -244,36 +241,4 @@ async fn a_page_that_cannot_be_had_kills_the_vmm_and_is_named() {
     assert!(failure.contains(path.to_str().unwrap()), "{failure}");
     drop(sandbox);
     assert_gone(pid);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_booted_guest_is_drained_with_and_without_zeroing_at_allocation() {
-    let Some(host) = host().await else { return };
-    let mut ms = Vec::new();
-    for (number, args) in ["", "init_on_alloc=1"].into_iter().enumerate() {
-        let sandbox = boot_guest(&host, &format!("fc-drain-{number}"), args).await;
-        if !can_drain(&sandbox) {
-            return;
-        }
-        let line = "head -c 60000000 /dev/urandom > /dev/shm/x; rm /dev/shm/x; \
-                    echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory";
-        sh(&sandbox, line).await;
-        let ceiling = Duration::from_millis(DRAIN_MS);
-        let drain = sandbox.vmm().drain(ceiling, None).await;
-        println!(
-            "FIGURE drain of a booted guest, {args:?}: {} after {} ms, {} MiB released, {} MiB held",
-            drain.outcome,
-            drain.ms,
-            drain.released_bytes >> 20,
-            drain.held_bytes >> 20
-        );
-        assert_eq!(drain.outcome, DrainOutcome::Done);
-        ms.push(drain.ms.max(1));
-        sh(&sandbox, "true").await;
-        sandbox.end().await;
-    }
-    println!(
-        "FIGURE drain with init_on_alloc=1: {:.1} times as long",
-        ms[1] as f64 / ms[0] as f64
-    );
 }

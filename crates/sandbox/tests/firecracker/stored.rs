@@ -333,7 +333,13 @@ async fn one_firecracker_is_stored_again_and_again_while_it_goes_on() {
             );
             sums.push(sh(&sandbox, &fill).await);
             let (seen, progress) = seen_at_capture(&sandbox);
-            let request = pause_request(PauseFlags::default(), progress);
+            let whole_drain = drained_whole(&sandbox);
+            let flags = if round == 0 {
+                drained(PauseFlags::default())
+            } else {
+                PauseFlags::default()
+            };
+            let request = pause_request(flags, progress);
             let stored = Box::pin(checkpoint(sandbox, &host, request)).await.unwrap();
             let parent = sums.len() > 1;
             cleanup.1.push(stored.build.id());
@@ -341,6 +347,12 @@ async fn one_firecracker_is_stored_again_and_again_while_it_goes_on() {
             show(&stored.report);
             compare(&stored.build.memory().unwrap(), &seen.lock().unwrap());
             assert!(stored.not_thawed.is_none());
+            let outcome = stored
+                .report
+                .drain
+                .as_ref()
+                .map(|drain| drain.outcome.clone());
+            assert_eq!(outcome, (round == 0).then_some(whole_drain));
             let bytes = stored.report.memory.raw_bytes;
             assert!(bytes >= FRESH_BYTES, "{bytes}");
             assert!(!parent || bytes < FRESH_BYTES + IDLE_BYTES_MAX, "{bytes}");
