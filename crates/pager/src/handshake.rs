@@ -466,6 +466,20 @@ mod tests {
         assert!(refused(&" ".repeat(MESSAGE_BYTES_MAX + 1)).contains("longer"));
     }
 
+    /// Or one VMM could end the pager of all.
+    #[test]
+    fn a_message_nested_as_deep_as_it_can_be_fits_a_threads_stack() {
+        for nested in ["[{\"new\":", "", "[{\"size\":"] {
+            let mut message = nested.to_owned();
+            message.extend(std::iter::repeat_n('[', MESSAGE_BYTES_MAX - nested.len()));
+            let parsed = std::thread::Builder::new()
+                .stack_size(crate::threads::STACK_BYTES)
+                .spawn(move || parse(message.as_bytes()).is_err())
+                .unwrap();
+            assert!(parsed.join().unwrap());
+        }
+    }
+
     proptest! {
         #[test]
         fn a_message_means_the_same_in_pieces(

@@ -23,7 +23,7 @@ mod report;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -257,8 +257,7 @@ impl Server {
         let peer = match peer {
             Ok(peer) => Arc::new(peer),
             Err(error) => {
-                let why = turn_away(&stream, HandshakeError::Socket(error));
-                self.tally.refuse(None, why.to_string());
+                self.refuse_unknown(&stream, error);
                 return Ok(());
             }
         };
@@ -311,12 +310,20 @@ impl Server {
                     let why = turn_away(&stream, why());
                     self.tally.refuse(Some(peer.pid), refused(&peer, &why));
                 }
-                Err(error) => {
-                    let why = turn_away(&stream, HandshakeError::Socket(error));
-                    self.tally.refuse(None, why.to_string());
-                }
+                Err(error) => self.refuse_unknown(&stream, error),
             }
         }
+    }
+
+    /// Refuses a peer whose process cannot be told.
+    fn refuse_unknown(&mut self, stream: &UnixStream, error: io::Error) {
+        let text = match turn_away(stream, HandshakeError::Socket(error)) {
+            why @ HandshakeError::Unserved(_) => {
+                format!("{why}; it hangs and cannot be killed: end it by hand")
+            }
+            why => why.to_string(),
+        };
+        self.tally.refuse(None, text);
     }
 
     fn take_notes(&mut self) {
