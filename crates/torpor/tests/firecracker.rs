@@ -126,8 +126,8 @@ fn build() -> String {
 
 /// Whether this Firecracker's balloon has hinting: those before 1.14 have none.
 fn can_drain() -> bool {
-    let inspected = json(&["inspect-build", "fc", "--json"]).to_string();
-    inspected.contains("\"hinting\":true")
+    let inspected = json(&["inspect-build", "fc", "--json"]);
+    inspected["free_page_hinting"].as_bool().unwrap()
 }
 
 fn resume(built: &str) {
