@@ -127,7 +127,9 @@ fn build() -> String {
 /// Whether this Firecracker's balloon has hinting: those before 1.14 have none.
 fn can_drain() -> bool {
     let inspected = json(&["inspect-build", "fc", "--json"]);
-    inspected["free_page_hinting"].as_bool().unwrap()
+    inspected["builds"][0]["free_page_hinting"]
+        .as_bool()
+        .unwrap()
 }
 
 fn resume(built: &str) {
