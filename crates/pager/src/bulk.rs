@@ -63,24 +63,45 @@ pub(crate) enum Bulk {
     Over,
 }
 
-/// How much of a window is installed at once. Its thread catches up with the filling once for each
-/// piece, and sleeps: a window that has grown, for a thread that walks through it, is filled in
-/// larger ones.
-pub(crate) fn piece_pages(window: PageRun) -> u64 {
-    (window.pages / 4).clamp(FILL_PAGES_MIN, FILL_PAGES_MAX)
+/// A window around a fault, or what is left of one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Window {
+    pub(crate) run: PageRun,
+    /// How much of it is installed at once. Its thread catches up with the filling once for each
+    /// piece, and sleeps: a window that has grown, for a thread that walks through it, is filled in
+    /// larger ones, to its end.
+    pub(crate) piece_pages: u64,
+}
+
+impl Window {
+    fn new(run: PageRun) -> Self {
+        Self {
+            run,
+            piece_pages: (run.pages / 4).clamp(FILL_PAGES_MIN, FILL_PAGES_MAX),
+        }
+    }
+
+    /// What is left of it from this page on.
+    pub(crate) fn rest_from(self, page: u64) -> Self {
+        let run = PageRun::new(page, self.run.end_page().saturating_sub(page));
+        Self { run, ..self }
+    }
 }
 
 /// Windows around faults that the reader fills when no fault waits.
 #[derive(Debug, Default)]
 pub(crate) struct Backlog {
-    windows: VecDeque<PageRun>,
+    windows: VecDeque<Window>,
 }
 
 impl Backlog {
-    pub(crate) fn push(&mut self, window: PageRun) {
-        if window.pages <= 1 {
-            return;
+    pub(crate) fn push(&mut self, run: PageRun) {
+        if run.pages > 1 {
+            self.push_last(Window::new(run));
         }
+    }
+
+    fn push_last(&mut self, window: Window) {
         if self.windows.len() >= BACKLOG_WINDOWS_MAX {
             self.windows.pop_front();
         }
@@ -88,28 +109,35 @@ impl Backlog {
     }
 
     /// A piece of the window whose turn it is.
-    fn next_piece(&mut self) -> Option<PageRun> {
+    fn next_piece(&mut self) -> Option<Window> {
         let window = self.windows.pop_front()?;
-        let pages = window.pages.min(piece_pages(window));
-        if window.pages > pages {
-            let rest = PageRun::new(window.first_page + pages, window.pages - pages);
-            self.windows.push_back(rest);
+        let pages = window.run.pages.min(window.piece_pages);
+        let run = PageRun::new(window.run.first_page, pages);
+        if window.run.pages > pages {
+            self.push_last(window.rest_from(run.end_page()));
         }
-        Some(PageRun::new(window.first_page, pages))
+        Some(Window { run, ..window })
     }
 
     /// Takes out the window that holds this page, if one does: its thread has caught up with the
     /// filling. Returns what is left of it from the page on; what lies before it stays.
-    pub(crate) fn claim(&mut self, page: u64) -> Option<PageRun> {
-        let holds = |window: &PageRun| (window.first_page..window.end_page()).contains(&page);
+    pub(crate) fn claim(&mut self, page: u64) -> Option<Window> {
+        let holds =
+            |window: &Window| (window.run.first_page..window.run.end_page()).contains(&page);
         let window = self.windows.remove(self.windows.iter().position(holds)?)?;
-        self.push(PageRun::new(window.first_page, page - window.first_page));
-        Some(PageRun::new(page, window.end_page() - page))
+        let before = PageRun::new(window.run.first_page, page - window.run.first_page);
+        if before.pages > 0 {
+            self.push_last(Window {
+                run: before,
+                ..window
+            });
+        }
+        Some(window.rest_from(page))
     }
 
     /// A window whose turn is now.
-    pub(crate) fn push_next(&mut self, window: PageRun) {
-        if window.pages > 0 {
+    pub(crate) fn push_next(&mut self, window: Window) {
+        if window.run.pages > 0 {
             self.windows.push_front(window);
         }
     }
@@ -120,16 +148,17 @@ impl Backlog {
 
     pub(crate) fn drop_overlapping(&mut self, run: PageRun) {
         self.windows
-            .retain(|window| window.clipped_to(run).is_none());
+            .retain(|window| window.run.clipped_to(run).is_none());
     }
 }
 
 impl Service {
     /// Fills a piece of the windows around recent faults, with what is at hand. Returns its length.
     pub(crate) fn fill_around(&self, state: &mut State) -> u64 {
-        let Some(piece) = state.backlog.next_piece() else {
+        let Some(window) = state.backlog.next_piece() else {
             return 0;
         };
+        let piece = window.run;
         let mut at = piece.first_page;
         let mut asked = 0;
         while at < piece.end_page() {
@@ -140,7 +169,7 @@ impl Service {
                 Need::Source => match self.source.run_at(at).kind {
                     SourceKind::Zero => self.fill_zero_run(state, rest, Reason::Neighbour),
                     SourceKind::Data if asked == AT_HAND_MAX => {
-                        state.backlog.push_next(rest);
+                        state.backlog.push_next(window.rest_from(at));
                         return at - piece.first_page;
                     }
                     SourceKind::Data => {

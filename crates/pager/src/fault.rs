@@ -14,7 +14,7 @@
 
 use std::time::Instant;
 
-use crate::bulk::{SOURCE_ATTEMPTS, piece_pages};
+use crate::bulk::{SOURCE_ATTEMPTS, Window};
 use crate::error::PagerFailure;
 use crate::machine::{FaultKind, Need, Reason};
 use crate::page_set::PageRun;
@@ -58,7 +58,10 @@ impl Service {
             let protect = self.protects(kind);
             self.kernel.copy(page, content, protect)
         });
-        let window = claimed.unwrap_or_else(|| state.around.window(page, self.region(page), false));
+        let window = match claimed {
+            Some(rest) => rest.run,
+            None => state.around.window(page, self.region(page), false),
+        };
         match filled {
             None | Some(Ok(Filled::Missing)) => {
                 state.machine.enqueue(page, window);
@@ -76,21 +79,16 @@ impl Service {
                 self.count(state, more, SourceKind::Data, Reason::Neighbour);
                 match claimed {
                     None => state.backlog.push(window),
-                    Some(rest) => {
-                        let pages = rest.pages.saturating_sub(done_pages);
-                        state
-                            .backlog
-                            .push_next(PageRun::new(rest.end_page() - pages, pages));
-                    }
+                    Some(rest) => state.backlog.push_next(rest.rest_from(page + done_pages)),
                 }
             }
         }
     }
 
     /// The absent data pages from `page` on, at most one piece.
-    fn data_from(&self, state: &State, page: u64, window: PageRun) -> PageRun {
+    fn data_from(&self, state: &State, page: u64, window: Window) -> PageRun {
         let data_pages = self.source.run_at(page).pages;
-        let most = window.pages.min(data_pages).min(piece_pages(window));
+        let most = window.run.pages.min(data_pages).min(window.piece_pages);
         let absent = (page..page + most)
             .take_while(|page| state.machine.need(*page) == Need::Source)
             .count() as u64;
