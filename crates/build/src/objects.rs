@@ -195,7 +195,7 @@ pub(crate) fn digest_of_file(path: &Path) -> Result<Digest> {
 pub(crate) fn digest_with(path: &Path, mut progress: impl FnMut(u64)) -> Result<Digest> {
     let mut hasher = blake3::Hasher::new();
     read_chunks(path, |chunk, _| {
-        hasher.update(chunk);
+        hasher.update_rayon(chunk);
         progress(chunk.len() as u64);
         Ok(())
     })?;
@@ -212,7 +212,7 @@ fn copy_sparse(from: &Path, to: &Path) -> Result<Digest> {
         .context("create", to)?;
     let mut hasher = blake3::Hasher::new();
     let len = read_chunks(from, |chunk, offset| {
-        hasher.update(chunk);
+        hasher.update_rayon(chunk);
         for (start, end) in data_pieces(chunk) {
             durable::step("import-write", to, || {
                 file.write_all_at(&chunk[start..end], offset + start as u64)

@@ -1,7 +1,7 @@
 //! What a running sandbox keeps on the host, and what is cleared away after those that died.
 
 use std::fs::{DirBuilder, File};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -63,19 +63,24 @@ impl Storage {
     /// Makes the directory of a sandbox that this process runs from now on.
     ///
     /// # Errors
-    /// [`Error::SandboxBusy`] while another process runs it. What a dead one left is removed.
+    /// [`Error::SandboxBusy`] while another process runs it. What a dead one left is set aside, for
+    /// [`Storage::sweep`].
     pub fn run_dir(&self, sandbox: &Name) -> Result<RunDir> {
         let lock = self.lock()?;
         let path = self.run_path(sandbox);
-        let left_over = match adopt(&path)? {
-            Adopted::NotThere => None,
+        match adopt(&path)? {
+            Adopted::NotThere => {}
             Adopted::Busy => {
                 return Err(Error::SandboxBusy {
                     sandbox: sandbox.clone(),
                 });
             }
-            Adopted::Ours(left_over) => left_over.set_aside(self, &lock)?,
-        };
+            Adopted::Ours(left_over) => {
+                if let Some(aside) = left_over.set_aside(self, &lock)? {
+                    aside.keep();
+                }
+            }
+        }
         DirBuilder::new()
             .mode(DIR_MODE)
             .create(&path)
@@ -84,7 +89,6 @@ impl Storage {
         let owner = durable::create_file(&owner_path)?;
         flock(&owner, FlockOperation::NonBlockingLockExclusive).context("lock", &owner_path)?;
         drop(lock);
-        drop(left_over);
         Ok(RunDir {
             path,
             _owner: owner,
@@ -129,16 +133,27 @@ impl Storage {
     /// deletions, and the directories of sandboxes. They are found and set aside under the
     /// storage's lock, and removed, which may take long, without it.
     ///
+    /// `end` is shown each directory before, to end what its owner has left running. What it cannot
+    /// end stays, and is shown to it again the next time.
+    ///
     /// # Errors
     /// When the storage cannot be locked or listed. What goes wrong with a single left-over is in
     /// the report.
-    pub fn sweep(&self) -> Result<SweepReport> {
+    pub fn sweep(&self, end: &mut dyn FnMut(&Path) -> io::Result<()>) -> Result<SweepReport> {
         let mut report = SweepReport::default();
         let lock = self.lock()?;
         let left_over = self.set_left_overs_aside(&lock, &mut report)?;
         drop(lock);
         for dir in left_over {
-            if let Err(error) = dir.remove() {
+            let ended = end(dir.path()).context("end what runs in", dir.path());
+            let removed = match ended {
+                Ok(()) => dir.remove(),
+                Err(error) => {
+                    dir.keep();
+                    Err(error)
+                }
+            };
+            if let Err(error) = removed {
                 report.failed(error);
             }
         }

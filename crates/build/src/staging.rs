@@ -123,6 +123,11 @@ impl StagingDir {
         removed
     }
 
+    /// Leaves it there, to whoever sweeps.
+    pub(crate) fn keep(mut self) {
+        self.dir = None;
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

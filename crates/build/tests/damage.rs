@@ -349,14 +349,7 @@ fn the_children_of_a_build_of_a_newer_version_keep_it_from_being_deleted() {
     let storage = storage();
     let base = store(&storage, None, &[Push::Data(vec![2])]);
     let child = store(&storage, Some(&base), &[Push::Parent(1)]);
-    let path = child.path().join("manifest.json");
-    let text = std::fs::read_to_string(&path).unwrap();
-    let (_, body) = text.split_once("\n\"manifest\": ").unwrap();
-    let body = body.strip_suffix("\n}\n").unwrap();
-    let body = body.replace("\"format_version\":1", "\"format_version\":7");
-    let checksum = Digest::of(body.as_bytes());
-    let text = format!("{{\n\"checksum\": \"{checksum}\",\n\"manifest\": {body}\n}}\n");
-    std::fs::write(&path, text).unwrap();
+    common::make_newer(&storage, &child.id());
     let id = base.id();
     drop(base);
     assert!(matches!(

@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Barrier;
 
 use common::{Push, info, names_in, read_all, storage, store, try_store, write_image};
@@ -302,55 +302,6 @@ fn builds_that_cannot_be_read_are_listed_with_the_reason_and_can_be_deleted() {
 }
 
 #[test]
-fn an_image_is_kept_once_sparse_and_read_only() {
-    let storage = storage();
-    let original = storage.dir.path().join("image");
-    let mut content = vec![0; 3 << 20];
-    content[5000] = 1;
-    content[(2 << 20) + 1] = 2;
-    content.extend_from_slice(b"and an odd end");
-    std::fs::write(&original, &content).unwrap();
-
-    let digest = storage.import_image(&original).unwrap();
-    assert_eq!(digest, Digest::of(&content));
-    assert_eq!(storage.import_image(&original).unwrap(), digest);
-    let path = storage.image_path(&digest).unwrap();
-    assert!(std::fs::read(&path).unwrap() == content);
-    let meta = std::fs::metadata(&path).unwrap();
-    assert_eq!(meta.permissions().mode() & 0o777, 0o444);
-    assert!(meta.blocks() * 512 <= 5 * 4096, "{} blocks", meta.blocks());
-    assert_eq!(names_in(&storage, "images").len(), 1);
-    assert!(names_in(&storage, "staging").is_empty());
-    let error = storage.import_image(storage.dir.path()).unwrap_err();
-    assert!(error.to_string().contains("not a file"), "{error}");
-}
-
-#[test]
-fn a_kernel_is_kept_with_its_config_even_if_that_comes_later() {
-    let storage = storage();
-    let (kernel, config) = (storage.dir.path().join("k"), storage.dir.path().join("c"));
-    std::fs::write(&kernel, b"ELF").unwrap();
-    std::fs::write(&config, b"CONFIG_X=y").unwrap();
-    let digest = storage.import_kernel(&kernel, None).unwrap();
-    assert_eq!(storage.kernel_config_path(&digest), None);
-    assert_eq!(
-        storage.import_kernel(&kernel, Some(&config)).unwrap(),
-        digest
-    );
-    assert_eq!(
-        storage.import_kernel(&kernel, Some(&config)).unwrap(),
-        digest
-    );
-    assert_eq!(
-        std::fs::read(storage.kernel_path(&digest).unwrap()).unwrap(),
-        b"ELF"
-    );
-    let config = storage.kernel_config_path(&digest).unwrap();
-    assert_eq!(std::fs::read(config).unwrap(), b"CONFIG_X=y");
-    assert!(names_in(&storage, "staging").is_empty());
-}
-
-#[test]
 fn everything_is_private_to_its_owner() {
     let storage = storage();
     let build = store(&storage, None, &[Push::Data(vec![1])]);
@@ -385,7 +336,7 @@ fn a_sandbox_id_has_one_owner_and_its_directory_goes_with_it() {
         storage.running_sandboxes().unwrap(),
         std::slice::from_ref(&id)
     );
-    let swept = storage.sweep().unwrap();
+    let swept = storage.sweep(&mut |_| Ok(())).unwrap();
     assert!(swept.sandboxes.is_empty() && swept.staging.is_empty());
     drop(run);
     assert!(names_in(&storage, "run").is_empty());
@@ -412,7 +363,19 @@ fn sweep_removes_what_has_no_owner_and_nothing_else() {
         }
     }
     assert_eq!(storage.running_sandboxes().unwrap(), [name("alive")]);
-    let swept = storage.sweep().unwrap();
+    let mut told = Vec::new();
+    let swept = storage
+        .sweep(&mut |dir| {
+            told.push(dir.join("owner").exists());
+            Ok(())
+        })
+        .unwrap();
+    told.sort_unstable();
+    assert_eq!(
+        told,
+        [false, false, true],
+        "each is told of while it is there"
+    );
     assert!(swept.failures.is_empty(), "{:?}", swept.failures);
     assert_eq!(swept.staging, ["build-x"]);
     assert_eq!(swept.sandboxes, [name("dead"), name("unborn")]);
@@ -420,6 +383,29 @@ fn sweep_removes_what_has_no_owner_and_nothing_else() {
     assert_eq!(names_in(&storage, "staging"), [format!("build-{id}")]);
     assert!(build.validate(Default::default()).is_whole());
     drop((alive, staged));
+}
+
+#[test]
+fn what_still_runs_in_a_left_over_keeps_it_until_it_can_be_ended() {
+    let storage = storage();
+    let run = storage.root().join("run/dead");
+    std::fs::create_dir(&run).unwrap();
+    std::fs::write(run.join("kept"), "").unwrap();
+    let swept = storage
+        .sweep(&mut |_| Err(std::io::Error::other("it runs on")))
+        .unwrap();
+    assert!(swept.failures[0].to_string().contains("it runs on"));
+    // Its name is free, and one that takes it does not lose what is left either.
+    drop(storage.run_dir(&name("dead")).unwrap());
+    let mut shown = Vec::new();
+    let mut look = |dir: &std::path::Path| {
+        shown.push(dir.join("kept").exists());
+        Ok(())
+    };
+    let swept = storage.sweep(&mut look).unwrap();
+    assert!(swept.failures.is_empty(), "{:?}", swept.failures);
+    assert_eq!(shown, [true]);
+    assert!(names_in(&storage, "staging").is_empty());
 }
 
 #[test]
@@ -432,7 +418,7 @@ fn a_left_over_that_cannot_be_removed_is_reported_and_stops_nothing() {
     for dir in ["staging/build-x", "run/dead"] {
         std::fs::create_dir(root.join(dir)).unwrap();
     }
-    let swept = storage.sweep().unwrap();
+    let swept = storage.sweep(&mut |_| Ok(())).unwrap();
     assert_eq!(swept.staging, ["build-x"]);
     assert_eq!(swept.sandboxes, [name("dead")]);
     let failures: Vec<_> = swept.failures.iter().map(ToString::to_string).collect();
@@ -457,7 +443,7 @@ fn left_overs_are_removed_while_others_may_have_the_lock() {
         }
     }
     std::thread::scope(|scope| {
-        let sweeper = scope.spawn(|| storage.sweep().unwrap());
+        let sweeper = scope.spawn(|| storage.sweep(&mut |_| Ok(())).unwrap());
         // Whoever comes first: neither name is busy, nor is anything of the new owner's removed.
         let staged = storage.begin_build(id).unwrap();
         let run = storage.run_dir(&name("dead")).unwrap();
@@ -514,131 +500,4 @@ fn a_template_whose_build_is_gone_is_deleted_all_the_same() {
     let deleted = storage.delete_template_and_build(&name("debian")).unwrap();
     assert_eq!(deleted, None);
     assert!(names_in(&storage, "templates").is_empty());
-}
-
-/// A build that names a base image and stores nothing.
-fn naming(storage: &Storage, image: Digest) -> BuildId {
-    let info = BuildInfo {
-        base_image: Some(image),
-        ..BuildInfo::default()
-    };
-    let staged = storage.begin_build(BuildId::random()).unwrap();
-    staged.commit(info).unwrap().id()
-}
-
-#[test]
-fn a_base_image_stays_as_long_as_a_build_names_it_and_the_error_names_the_builds() {
-    let storage = storage();
-    let image = common::import(&storage, &[1, 2], b"").digest();
-    let builds = [naming(&storage, image), naming(&storage, image)];
-    for (left, build) in [(2, builds[0]), (1, builds[1])] {
-        let error = storage.delete_image(&image).unwrap_err();
-        assert!(
-            matches!(&error, Error::ImageNeeded { builds, .. }
-                if builds.len() == left && builds.contains(&build)),
-            "{error}"
-        );
-        assert!(error.to_string().contains(&build.to_string()), "{error}");
-        storage.delete_build(&build).unwrap();
-    }
-    storage.delete_image(&image).unwrap();
-    assert!(names_in(&storage, "images").is_empty());
-    assert!(names_in(&storage, "block-indexes").is_empty());
-    let again = storage.delete_image(&image).unwrap_err();
-    assert!(matches!(again, Error::UnknownImage { .. }), "{again}");
-}
-
-#[test]
-fn a_base_image_in_use_is_not_deleted() {
-    let storage = storage();
-    let image = common::import(&storage, &[1, 2], b"");
-    let digest = image.digest();
-    let error = storage.delete_image(&digest).unwrap_err();
-    assert!(matches!(error, Error::ImageInUse { .. }), "{error}");
-    drop(image);
-    storage.delete_image(&digest).unwrap();
-}
-
-#[test]
-fn builds_that_cannot_be_read_keep_every_base_image() {
-    let storage = storage();
-    let image = common::import(&storage, &[1, 2], b"").digest();
-    let damaged = store(&storage, None, &[Push::Data(vec![1])]).id();
-    let manifest = storage
-        .root()
-        .join(format!("builds/{damaged}/manifest.json"));
-    std::fs::write(manifest, "{}").unwrap();
-    let error = storage.delete_image(&image).unwrap_err();
-    assert!(
-        matches!(&error, Error::ImageMayBeNeeded { unreadable, .. } if *unreadable == [damaged]),
-        "{error}"
-    );
-    storage.delete_build(&damaged).unwrap();
-    storage.delete_image(&image).unwrap();
-}
-
-#[test]
-fn a_build_of_a_newer_version_keeps_its_base_image_and_no_other() {
-    let storage = storage();
-    let image = common::import(&storage, &[1, 2], b"").digest();
-    let other = common::import(&storage, &[3], b"").digest();
-    let build = naming(&storage, image);
-    let path = storage.root().join(format!("builds/{build}/manifest.json"));
-    let text = std::fs::read_to_string(&path).unwrap();
-    let (_, body) = text.split_once("\n\"manifest\": ").unwrap();
-    let body = body.strip_suffix("\n}\n").unwrap();
-    let body = body.replace("\"format_version\":1", "\"format_version\":7");
-    let checksum = Digest::of(body.as_bytes());
-    let text = format!("{{\n\"checksum\": \"{checksum}\",\n\"manifest\": {body}\n}}\n");
-    std::fs::write(&path, text).unwrap();
-    let error = storage.delete_image(&image).unwrap_err();
-    assert!(matches!(error, Error::ImageNeeded { .. }), "{error}");
-    storage.delete_image(&other).unwrap();
-}
-
-#[test]
-fn a_build_whose_base_image_was_deleted_meanwhile_is_not_committed() {
-    let storage = storage();
-    let image = common::import(&storage, &[1, 2], b"");
-    let digest = image.digest();
-    let staged = storage.begin_build(BuildId::random()).unwrap();
-    let memory = [Push::Data(vec![1])];
-    common::write_referring_image(&staged, ImageKind::Memory, None, Some(&image), &memory).unwrap();
-    drop(image);
-    storage.delete_image(&digest).unwrap();
-    let info = BuildInfo {
-        base_image: Some(digest),
-        ..BuildInfo::default()
-    };
-    let error = staged.commit(info).unwrap_err();
-    assert!(
-        matches!(error, Error::UnknownImage { digest: gone, .. } if gone == digest),
-        "{error}"
-    );
-    assert!(storage.list_builds().unwrap().is_empty());
-    assert!(names_in(&storage, "staging").is_empty());
-}
-
-#[test]
-fn images_are_listed_with_the_builds_that_name_them() {
-    let storage = storage();
-    let one = common::import(&storage, &[1, 2, 0, 0], b"").digest();
-    let other = common::import(&storage, &[3], b"and a tail").digest();
-    let builds = [naming(&storage, one), naming(&storage, one)];
-    store(&storage, None, &[Push::Data(vec![1])]);
-    let listed = storage.list_images().unwrap();
-    assert!(listed.is_sorted_by_key(|image| image.digest.to_string()));
-    assert_eq!(listed.len(), 2);
-    for image in listed {
-        let (bytes, expected): (u64, &[BuildId]) = if image.digest == one {
-            (4 * 4096, &builds)
-        } else {
-            assert_eq!(image.digest, other);
-            (4096 + 10, &[])
-        };
-        assert_eq!(image.bytes, bytes);
-        assert!(image.stored_bytes <= 2 * 4096, "{}", image.stored_bytes);
-        assert_eq!(image.builds.len(), expected.len());
-        assert!(expected.iter().all(|build| image.builds.contains(build)));
-    }
 }

@@ -198,6 +198,18 @@ pub fn read_all(build: &Build, kind: ImageKind) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Makes a build one of a version that nobody knows yet, its checksum right.
+pub fn make_newer(storage: &Storage, build: &BuildId) {
+    let path = storage.root().join(format!("builds/{build}/manifest.json"));
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (_, body) = text.split_once("\n\"manifest\": ").unwrap();
+    let body = body.strip_suffix("\n}\n").unwrap();
+    let body = body.replace("\"format_version\":1", "\"format_version\":7");
+    let checksum = Digest::of(body.as_bytes());
+    let text = format!("{{\n\"checksum\": \"{checksum}\",\n\"manifest\": {body}\n}}\n");
+    std::fs::write(&path, text).unwrap();
+}
+
 /// Names left in a part of the storage.
 pub fn names_in(storage: &Storage, part: &str) -> Vec<String> {
     let mut names: Vec<_> = std::fs::read_dir(storage.root().join(part))
