@@ -364,7 +364,7 @@ impl Service {
                 self.count(state, filled, content, reason);
                 if content == SourceKind::Zero && self.zeros_count_as_written() {
                     for page in filled.first_page..filled.end_page() {
-                        state.machine.written(page);
+                        state.machine.installed_open(page);
                     }
                 }
                 // The kernel has woken whoever waited there.

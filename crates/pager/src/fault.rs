@@ -99,8 +99,17 @@ impl Service {
     /// wrote it past its mapping (a device of its own process, into a discarded page, too: late copies
     /// have been dropped by now).
     fn map(&self, state: &mut State, page: u64, need: Need) {
-        let written = need != Need::Nothing || state.machine.is_written(page);
-        match self.kernel.map(page, written) {
+        let mut written = need != Need::Nothing || state.machine.is_written(page);
+        let mut mapped = self.kernel.map(page, written);
+        let refused = mapped
+            .as_ref()
+            .is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL));
+        if refused && !written {
+            // Before 6.4 a page cannot be mapped protected: then it counts as written.
+            written = true;
+            mapped = self.kernel.map(page, written);
+        }
+        match mapped {
             Ok(Filled::Bytes(_)) => {
                 state.machine.found(page, Reason::Fault);
                 if written {
@@ -165,7 +174,7 @@ impl Service {
         let installed = matches!(filled, Ok(Filled::Bytes(_)));
         if self.fault_filled(state, page, kind, filled, SourceKind::Zero) {
             if open && installed {
-                state.machine.written(page);
+                state.machine.installed_open(page);
             }
             match state.backlog.claim(page) {
                 Some(rest) => state.backlog.push_next(rest),

@@ -47,6 +47,9 @@ const BROUGHT_IN: u8 = 1 << 4;
 /// Installed since it was last discarded: it may be there, whatever a fault that was read late made
 /// of "present".
 const INSTALLED: u8 = 1 << 5;
+/// Installed as the kernel's zero page and left open to writes, and found to be it at each look since: it
+/// holds what it held then.
+const OPEN_ZERO: u8 = 1 << 6;
 
 /// What a page must hold when it is installed now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,19 +116,54 @@ pub struct DirtyPages {
     pub removed: PageSet,
 }
 
+/// What the pager itself knows of the guest's writes and discards.
+#[derive(Clone, Debug)]
+pub(crate) struct Known {
+    /// Marked as written.
+    pub(crate) written: PageSet,
+    /// Marked so only because they were installed as the zero page and left open.
+    pub(crate) open_zeros: PageSet,
+    /// Discarded since the resume.
+    pub(crate) removed: PageSet,
+}
+
+impl Known {
+    /// Of pages that are `base_pages` times as large, the same of base pages.
+    pub(crate) fn in_base_pages(self, base_pages: u64) -> Self {
+        Self {
+            written: self.written.in_base_pages(base_pages),
+            open_zeros: self.open_zeros.in_base_pages(base_pages),
+            removed: self.removed.in_base_pages(base_pages),
+        }
+    }
+}
+
+/// What the kernel holds of the guest's memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Held {
+    /// Pages that it saw being written.
+    pub(crate) scanned: PageSet,
+    /// Pages that are there (of those in question).
+    pub(crate) there: PageSet,
+    /// Pages that are its zero page, where it can tell and it matters.
+    pub(crate) zero: PageSet,
+}
+
 impl DirtyPages {
-    /// Puts together what is known here (`known_written`, `removed`), what the kernel saw being
-    /// written (`scanned`) and what it holds (`there`). A page that was marked written and is not
-    /// there was dropped by a discard that was under way when it was installed.
-    pub(crate) fn resolve(
-        known_written: &PageSet,
-        mut removed: PageSet,
-        scanned: &PageSet,
-        there: &PageSet,
-    ) -> Self {
-        let mut written = known_written.clone();
-        written.intersect(there);
-        written.unite(scanned);
+    /// Puts both together. A page that was marked written and is not there was dropped by a discard
+    /// that was under way when it was installed. One that was left open and still is the zero page was
+    /// not written. Any other zero page may have been: the kernel makes zero pages of what a guest
+    /// filled with zeros (where it splits a huge page, since Linux 6.12; where it merges same pages).
+    pub(crate) fn resolve(known: Known, held: &Held) -> Self {
+        let Known {
+            mut written,
+            mut open_zeros,
+            mut removed,
+        } = known;
+        written.intersect(&held.there);
+        open_zeros.intersect(&held.zero);
+        written.subtract(&open_zeros);
+        written.unite(&held.scanned);
         removed.subtract(&written);
         Self { written, removed }
     }
@@ -261,7 +299,10 @@ impl Machine {
         }
         for page in first_page..end_page {
             some_there |= self.bits(page) & INSTALLED != 0;
-            self.clear(page, PRESENT | WRITTEN | USED | BROUGHT_IN | INSTALLED);
+            self.clear(
+                page,
+                PRESENT | WRITTEN | USED | BROUGHT_IN | INSTALLED | OPEN_ZERO,
+            );
             self.set(page, REMOVED);
         }
         let run = PageRun::new(first_page, end_page.saturating_sub(first_page));
@@ -271,7 +312,7 @@ impl Machine {
     /// The page was absent and has just been installed. Whatever was written to it before is gone
     /// with it: a discard that was under way when it was installed the last time dropped it.
     pub(crate) fn installed(&mut self, page: u64, reason: Reason) {
-        self.clear(page, WRITTEN);
+        self.clear(page, WRITTEN | OPEN_ZERO);
         if self.bits(page) & (INSTALLED | REMOVED) == 0 {
             self.arrivals.add(page);
         }
@@ -289,6 +330,22 @@ impl Machine {
     /// The guest may write to the page unnoticed from here on, or has written.
     pub(crate) fn written(&mut self, page: u64) {
         self.set(page, WRITTEN);
+    }
+
+    /// The page has just been installed as the kernel's zero page, open to writes.
+    pub(crate) fn installed_open(&mut self, page: u64) {
+        self.set(page, WRITTEN | OPEN_ZERO);
+    }
+
+    /// Somebody has looked which pages are the kernel's zero page. One that was left open and is not is
+    /// written from here on, zeros included: it may have been stored as it is now, and the next look is
+    /// compared with that.
+    pub(crate) fn looked(&mut self, zero: &PageSet) {
+        for (bits, page) in self.pages.iter_mut().zip(0..) {
+            if *bits & OPEN_ZERO != 0 && !zero.contains(page) {
+                *bits &= !OPEN_ZERO;
+            }
+        }
     }
 
     /// Faults that are still to be decided on.
@@ -400,6 +457,15 @@ impl Machine {
     /// Pages that are known to be written (all of them only where each write is a fault).
     pub(crate) fn known_written(&self) -> PageSet {
         self.all_with(|bits| bits & WRITTEN != 0)
+    }
+
+    /// What is known of the guest's writes and discards.
+    pub(crate) fn known(&self) -> Known {
+        Known {
+            written: self.known_written(),
+            open_zeros: self.all_with(|bits| bits & OPEN_ZERO != 0),
+            removed: self.removed_since_resume(),
+        }
     }
 
     /// Pages that were discarded since the resume.

@@ -22,7 +22,7 @@ use self::sim::{Content, Op, PAGES, REGION, Sim, Truth, Waiter, at, in_source};
 use crate::bulk::SOURCE_ATTEMPTS;
 use crate::error::{PagerError, PagerFailure};
 use crate::failure::FailureSignal;
-use crate::machine::{DirtyPages, Machine, Need, Reason};
+use crate::machine::{DirtyPages, Held, Machine, Need, Reason};
 use crate::page_set::{PAGE_SIZE, PageRun, PageSet, bytes_of_pages};
 use crate::service::Service;
 use crate::source::{SourceKind, runs_of};
@@ -206,25 +206,33 @@ impl World {
 
     fn check(&self) {
         let service = self.service();
-        let sim = self.sim();
+        let mut sim = self.sim();
         if sim.gone {
             // Who captures finds no process, whether or not a copy has told the pager.
             return;
         }
-        let state = service.lock();
-        let (mut there, mut scanned) = (
-            PageSet::with_capacity_pages(PAGES),
-            PageSet::with_capacity_pages(PAGES),
-        );
+        let mut state = service.lock();
+        let mut stored_now = Vec::new();
+        let none = || PageSet::with_capacity_pages(PAGES);
+        let mut held = Held {
+            scanned: none(),
+            there: none(),
+            zero: none(),
+        };
+        // Zero pages are left open to writes then, and the kernel may make one of any page of zeros.
+        let open = sim.tracking == WriteTracking::Sync && !sim.shared;
         // What becomes of a page in the middle of its discard is nobody's business.
         let settled = |(page, _): &(u64, &Truth)| !sim.in_discard(*page);
         for (page, truth) in (0..PAGES).zip(&sim.truth).filter(settled) {
             match sim.pages[at(page)] {
                 Some(found) => {
                     assert_eq!(found.content, truth.content, "page {page}");
-                    there.insert(page);
+                    held.there.insert(page);
                     if !found.protected && sim.tracking == WriteTracking::Async {
-                        scanned.insert(page);
+                        held.scanned.insert(page);
+                    }
+                    if open && found.content == Content::Zero {
+                        held.zero.insert(page);
                     }
                 }
                 None => assert!(!truth.written, "page {page}: a write was lost"),
@@ -239,29 +247,33 @@ impl World {
                 assert_eq!(content, truth.content, "page {page}");
             }
         }
-        let known = state.machine.known_written();
-        let removed = state.machine.removed_since_resume();
-        let dirty = DirtyPages::resolve(&known, removed, &scanned, &there);
+        let dirty = DirtyPages::resolve(state.machine.known(), &held);
+        state.machine.looked(&held.zero);
         for (page, truth) in (0..PAGES).zip(&sim.truth).filter(settled) {
             let named = dirty.written.contains(page);
             let stored = match (named, dirty.removed.contains(page)) {
                 (true, _) => sim.pages[at(page)].map(|found| found.content),
                 (_, true) => Some(Content::Zero),
-                _ => Some(in_source(page)),
+                _ => Some(sim.stored[at(page)]),
             };
             assert_eq!(stored, Some(truth.content), "stored of page {page}");
-            // Zeros that are left open to writes may be named as written, whether they were or not.
-            let open = sim.tracking == WriteTracking::Sync && !sim.shared;
-            let zero_named = open && named && truth.content == Content::Zero;
-            assert!(named == truth.written || zero_named, "written? page {page}");
+            stored_now.push((page, truth.content));
+            // Of zeros where they were zeros before it is not known whether they were written, and of
+            // no consequence.
+            let zeros = open && truth.content == Content::Zero;
+            assert!(named == truth.written || zeros, "written? page {page}");
             assert!(
-                dirty.removed.contains(page) == truth.removed || zero_named,
+                dirty.removed.contains(page) == truth.removed || zeros,
                 "removed? page {page}"
             );
             assert!(
                 !(named && dirty.removed.contains(page)),
                 "both? page {page}"
             );
+        }
+        // A checkpoint: what is not written from here on is as this build has it.
+        for (page, content) in stored_now {
+            sim.stored[at(page)] = content;
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::error::PagerError;
 use crate::failure::FailureSignal;
 use crate::huge_source::HugeSource;
 use crate::kernel::{Backing, HostKernel, Regions, memfd_runs};
-use crate::machine::{DirtyPages, Machine};
+use crate::machine::{DirtyPages, Held, Machine};
 use crate::page_set::{PAGE_SIZE_U64, PageRun, PageSet};
 use crate::pagemap::Pagemap;
 use crate::region::Region;
@@ -338,33 +338,27 @@ impl Pager {
         if !self.tracking.protects() {
             return Err(PagerError::NotTracked);
         }
-        let (known_written, removed) = {
+        let known = {
             let state = self.service.lock();
-            let (written, removed) = (
-                state.machine.known_written(),
-                state.machine.removed_since_resume(),
-            );
-            let base_pages = self.base_pages;
-            (
-                written.in_base_pages(base_pages),
-                removed.in_base_pages(base_pages),
-            )
+            state.machine.known().in_base_pages(self.base_pages)
         };
         let (mut scanned, unmapped) = self.scan()?;
-        let mut in_doubt = known_written.clone();
+        let mut in_doubt = known.written.clone();
         in_doubt.unite(&unmapped);
-        let mut there = self.there_among(&in_doubt)?;
-        there.subtract(&self.zero_pages()?);
+        let there = self.there_among(&in_doubt)?;
+        let zero = self.zero_pages()?;
         self.check_memory_is_there()?;
+        // Only pages of the smallest size are left open.
+        self.service.lock().machine.looked(&zero);
         let mut unmapped_there = unmapped;
         unmapped_there.intersect(&there);
         scanned.unite(&unmapped_there);
-        Ok(DirtyPages::resolve(
-            &known_written,
-            removed,
-            &scanned,
-            &there,
-        ))
+        let held = Held {
+            scanned,
+            there,
+            zero,
+        };
+        Ok(DirtyPages::resolve(known, &held))
     }
 
     /// What the kernel saw being written: pages that it has mapped, and (shared memory only) pages
@@ -413,8 +407,8 @@ impl Pager {
         }
     }
 
-    /// Pages that were installed as the zero page, open to writes, and are it still. Empty where the
-    /// kernel cannot tell, and where no page is installed like that.
+    /// Pages that are the kernel's zero page. Empty where it cannot tell, and where no page is left
+    /// open to writes as that.
     fn zero_pages(&self) -> Result<PageSet, PagerError> {
         let mut zero = PageSet::with_capacity_pages(self.span_pages);
         let open_to_writes = self.tracking == WriteTracking::Sync && self.memfd.is_none();

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -38,6 +39,13 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// For this thread and those that it starts.
+fn stay_on_one_processor() {
+    let mut one = rustix::thread::CpuSet::new();
+    one.set(rustix::thread::sched_getcpu());
+    rustix::thread::sched_setaffinity(None, &one).unwrap();
+}
+
 /// A gate in front of the second punch.
 #[derive(Debug, Default)]
 struct Gate {
@@ -65,6 +73,8 @@ impl Gate {
 struct Held {
     host: HostKernel,
     gate: Arc<Gate>,
+    /// As a kernel before 6.4: it maps no page protected.
+    is_old: bool,
 }
 
 impl Kernel for Held {
@@ -81,6 +91,9 @@ impl Kernel for Held {
         self.host.copy(first_page, content, protect)
     }
     fn map(&self, page: u64, written: bool) -> io::Result<Filled> {
+        if self.is_old && !written {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         self.host.map(page, written)
     }
     fn zero(&self, run: PageRun, protect: bool, own: bool) -> io::Result<Filled> {
@@ -177,7 +190,26 @@ impl Guest {
         unsafe { rustix::mm::madvise(start, PAGE_SIZE, Advice::LinuxDontNeed) }.unwrap();
     }
 
+    /// Has the kernel take the page's mapping away. It can only of pages that it has put into its lists,
+    /// which it does by the dozen, for each processor by itself: see [`stay_on_one_processor`].
+    fn page_out(&self, page: u64) {
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let at = (self.addr as u64 / PAGE_SIZE_U64 + page) * 8;
+        until("the page is unmapped", || {
+            let start = self.word(page).cast();
+            // SAFETY: inside the mapping, to which no reference exists; pages stay in the file.
+            unsafe { rustix::mm::madvise(start, PAGE_SIZE, Advice::LinuxPageOut) }.unwrap();
+            let mut entry = [0; 8];
+            pagemap.read_exact_at(&mut entry, at).unwrap();
+            u64::from_le_bytes(entry) >> 63 == 0
+        });
+    }
+
     fn service(&self, tracking: WriteTracking, gate: &Arc<Gate>) -> Arc<Service> {
+        self.service_on(tracking, gate, false)
+    }
+
+    fn service_on(&self, tracking: WriteTracking, gate: &Arc<Gate>, is_old: bool) -> Arc<Service> {
         let region = Region {
             host_addr: self.addr as u64,
             len_bytes: PAGES * PAGE_SIZE_U64,
@@ -198,6 +230,7 @@ impl Guest {
         let kernel = Held {
             host: host.unwrap(),
             gate: Arc::clone(gate),
+            is_old,
         };
         let parts = (
             Machine::new(PAGES, PAGE_SIZE as u64),
@@ -255,20 +288,36 @@ fn a_page_that_lost_its_mapping_keeps_what_was_written_to_it() {
         WriteTracking::Sync,
         WriteTracking::Off,
     ] {
+        stay_on_one_processor();
         let guest = Guest::new();
         let service = guest.service(tracking, &Arc::new(Gate::default()));
         let reader = threads::spawn(&service, "reader", threads::reader).unwrap();
         assert_eq!(guest.read(3), 4);
         guest.write(4, 99);
-        for page in [3, 4] {
-            // SAFETY: inside the mapping, to which no reference exists; pages stay in the file.
-            let out = unsafe {
-                rustix::mm::madvise(guest.word(page).cast(), PAGE_SIZE, Advice::LinuxPageOut)
-            };
-            out.unwrap();
-        }
+        [3, 4].into_iter().for_each(|page| guest.page_out(page));
         assert_eq!((guest.read(3), guest.read(4)), (4, 99), "{tracking:?}");
         service.tell_to_stop();
         reader.join().unwrap();
     }
+}
+
+/// Before Linux 6.4 UFFDIO_CONTINUE cannot protect what it maps.
+#[test]
+fn a_page_that_cannot_be_mapped_protected_counts_as_written() {
+    stay_on_one_processor();
+    let guest = Guest::new();
+    let service = guest.service_on(WriteTracking::Sync, &Arc::new(Gate::default()), true);
+    let reader = threads::spawn(&service, "reader", threads::reader).unwrap();
+    assert_eq!((guest.read(3), guest.read(4)), (4, 5));
+    guest.page_out(3);
+    assert_eq!(guest.read(3), 4);
+    let written = service.lock().machine.known_written();
+    assert!(written.contains(3) && !written.contains(4));
+    guest.write(3, 99);
+    until("the fault is dealt with", || {
+        service.lock().machine.waiting().0 == 0
+    });
+    assert_eq!(guest.read(3), 99);
+    service.tell_to_stop();
+    reader.join().unwrap();
 }

@@ -139,6 +139,8 @@ pub(super) struct Sim {
     pub(super) tracking: WriteTracking,
     pub(super) pages: Vec<Option<Page>>,
     pub(super) truth: Vec<Truth>,
+    /// What the build before would bring back.
+    pub(super) stored: Vec<Content>,
     pub(super) discards: Vec<(PageRun, Discarder)>,
     /// Threads asleep in a fault, those whose fault has not been read first.
     pub(super) unread: VecDeque<Waiter>,
@@ -177,6 +179,7 @@ impl Sim {
             tracking,
             pages: vec![None; at(PAGES)],
             truth: (0..PAGES).map(truth).collect(),
+            stored: (0..PAGES).map(in_source).collect(),
             discards: Vec::new(),
             unread: VecDeque::new(),
             asleep: Vec::new(),
@@ -245,7 +248,12 @@ impl Sim {
             self.unread.push_back(waiter);
             return;
         }
-        let content = Content::Written(number);
+        // Now and then a guest writes zeros.
+        let content = if number.is_multiple_of(4) {
+            Content::Zero
+        } else {
+            Content::Written(number)
+        };
         self.pages[at(page)] = Some(Page {
             content,
             protected: false,

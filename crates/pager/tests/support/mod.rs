@@ -74,6 +74,7 @@ pub struct TestSource {
     pub pages: u64,
     pub block_pages: u64,
     pub reads: AtomicU64,
+    pub pages_read: AtomicU64,
     pub failing: AtomicBool,
     /// Fails that many reads, then works.
     pub fail_reads: AtomicU64,
@@ -91,6 +92,7 @@ impl TestSource {
             pages,
             block_pages: 1,
             reads: AtomicU64::new(0),
+            pages_read: AtomicU64::new(0),
             failing: AtomicBool::new(false),
             fail_reads: AtomicU64::new(0),
             delay: Duration::ZERO,
@@ -143,6 +145,8 @@ impl PageSource for TestSource {
         }
         assert!(buf.len().is_multiple_of(PAGE_SIZE) && buf.len() <= 256 * PAGE_SIZE);
         self.fill(first_page, buf);
+        let pages = (buf.len() / PAGE_SIZE) as u64;
+        self.pages_read.fetch_add(pages, Ordering::SeqCst);
         Ok(())
     }
 
@@ -334,6 +338,30 @@ impl Guest {
             // SAFETY: as in `read`.
             unsafe { self.word(page, index).write_volatile(word) };
         }
+    }
+
+    pub fn write_zeros(&self, page: u64) {
+        for index in 0..WORDS {
+            // SAFETY: as in `read`.
+            unsafe { self.word(page, index).write_volatile(0) };
+        }
+    }
+
+    /// Makes a huge page of 512 pages that are all there. Returns whether the kernel could.
+    pub fn make_huge(&self, first_page: u64) -> bool {
+        self.advise(first_page, 512, libc::MADV_COLLAPSE)
+    }
+
+    /// Splits the huge page that holds this page, by advice about it alone.
+    pub fn split_huge(&self, page: u64) -> bool {
+        self.advise(page, 1, libc::MADV_COLD)
+    }
+
+    fn advise(&self, first_page: u64, pages: u64, advice: i32) -> bool {
+        let start = self.word(first_page, 0).cast();
+        assert!(first_page + pages <= self.pages);
+        // SAFETY: the range lies in the mapping; the advice leaves its content as it is.
+        unsafe { libc::madvise(start, pages as usize * PAGE_SIZE, advice) == 0 }
     }
 
     /// The first half of QEMU's discard; nothing on anonymous memory.
