@@ -10,189 +10,19 @@
     reason = "tests are documented by their names and fail by panicking, helpers included"
 )]
 
+mod place;
+#[path = "../support/mod.rs"]
 mod support;
 
-use rustix::process::Signal;
 use std::fs;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::Stdio;
 
+use rustix::process::Signal;
 use serde_json::Value;
-use tempfile::TempDir;
 
-/// Generous: guests are emulated, and the machine may be busy with other tests.
-const DEADLINE: Duration = Duration::from_secs(180);
-
-struct Place {
-    dir: TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        Self {
-            dir: tempfile::tempdir().unwrap(),
-        }
-    }
-
-    fn storage(&self) -> PathBuf {
-        self.dir.path().join("storage")
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_torpor"));
-        command
-            .arg("--storage")
-            .arg(self.storage())
-            .args(args)
-            .env("TORPOR_VMM", "qemu")
-            .env_remove("TORPOR_STORAGE")
-            .env_remove("TORPOR_FLAGS")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command
-    }
-
-    fn start(&self, args: &[&str]) -> Running {
-        Running(Some(self.command(args).spawn().unwrap()))
-    }
-
-    fn run(&self, args: &[&str]) -> Done {
-        self.start(args).done()
-    }
-
-    #[track_caller]
-    fn succeeds(&self, args: &[&str]) -> Done {
-        let done = self.run(args);
-        assert_eq!(done.code, 0, "{args:?}: {}", done.stderr);
-        done
-    }
-
-    #[track_caller]
-    fn json(&self, args: &[&str]) -> Value {
-        let done = self.succeeds(args);
-        serde_json::from_str(&done.stdout)
-            .unwrap_or_else(|error| panic!("{error}: {} {}", done.stdout, done.stderr))
-    }
-
-    fn builds(&self) -> usize {
-        let list = self.json(&["list-builds", "--json"]);
-        list["builds"].as_array().unwrap().len()
-    }
-
-    fn left_in(&self, dir: &str) -> Vec<PathBuf> {
-        let entries = fs::read_dir(self.storage().join(dir)).unwrap();
-        entries.map(|entry| entry.unwrap().path()).collect()
-    }
-
-    #[track_caller]
-    fn nothing_is_left(&self) {
-        for dir in ["run", "staging"] {
-            let left = self.left_in(dir);
-            assert!(left.is_empty(), "{dir}: {left:?}");
-        }
-    }
-}
-
-struct Done {
-    code: i32,
-    stdout: String,
-    stderr: String,
-}
-
-/// A torpor that does not outlive its test.
-struct Running(Option<Child>);
-
-impl Running {
-    fn pid(&self) -> u32 {
-        self.0.as_ref().unwrap().id()
-    }
-
-    fn signal(&self, signal: Signal) {
-        assert!(support::signal(self.pid(), signal));
-    }
-
-    /// Its VMM: the only child that it keeps.
-    fn vmm(&self) -> u32 {
-        let mut found = None;
-        until("the VMM runs", || {
-            found = children(self.pid()).into_iter().find(|pid| {
-                fs::read_to_string(format!("/proc/{pid}/cmdline"))
-                    .is_ok_and(|line| line.contains("memory-backend"))
-            });
-            found.is_some()
-        });
-        found.unwrap()
-    }
-
-    /// Reads both ends while it waits, so that much output cannot stop it.
-    fn done(mut self) -> Done {
-        let child = self.0.take().unwrap();
-        let pid = child.id();
-        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-        std::thread::spawn(move || drop(sender.send(child.wait_with_output())));
-        let Ok(output) = receiver.recv_timeout(DEADLINE) else {
-            support::signal(pid, Signal::KILL);
-            panic!("torpor does not end");
-        };
-        let Output {
-            status,
-            stdout,
-            stderr,
-        } = output.unwrap();
-        Done {
-            code: status.code().unwrap_or(-1),
-            stdout: String::from_utf8(stdout).unwrap(),
-            stderr: String::from_utf8(stderr).unwrap(),
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            drop(child.kill());
-            drop(child.wait());
-        }
-    }
-}
-
-fn children(parent: u32) -> Vec<u32> {
-    let processes = fs::read_dir("/proc").unwrap().flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-        after_name.split_ascii_whitespace().nth(1) == Some(&parent.to_string())
-    })
-    .collect()
-}
-
-#[track_caller]
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !is_so() {
-        assert!(began.elapsed() < DEADLINE, "it never came true: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// Ended and reaped, or at least a zombie of whoever adopted it.
-#[track_caller]
-fn is_gone(pid: u32) {
-    until("the VMM is gone", || {
-        fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
-    });
-}
-
-fn id_of(json: &Value, key: &str) -> String {
-    json[key]
-        .as_str()
-        .unwrap_or_else(|| panic!("no {key}: {json}"))
-        .to_owned()
-}
+use crate::place::{Place, Running, id_of, is_gone, until};
 
 #[test]
 fn a_guest_is_built_resumed_paused_inspected_and_deleted() {
