@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use torpor_vmm::wait_until_reaped;
 
 /// As the shell says it of a program that SIGINT has ended.
 const INTERRUPTED: u8 = 130;
@@ -17,9 +18,13 @@ pub async fn run_to_end<A: Parser>(
 ) -> ExitCode {
     log_to_stderr();
     let done = tokio::select! {
-        done = Box::pin(run(A::parse())) => done,
+        done = Box::pin(run(A::parse())) => Some(done),
         // Dropping the run kills its guests and removes what was staged.
-        _ = tokio::signal::ctrl_c() => return ExitCode::from(INTERRUPTED),
+        _ = tokio::signal::ctrl_c() => None,
+    };
+    wait_until_reaped();
+    let Some(done) = done else {
+        return ExitCode::from(INTERRUPTED);
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use memmap2::MmapMut;
 use torpor_build::{LayerWriter, PAGE_SIZE, PageContent, PageRun};
-use torpor_vmm::GuestReader;
+use torpor_vmm::{GuestReader, memory_available};
 
 /// Readers that copy at once: memory bandwidth is the limit, and two of them reach it.
 const COPY_THREADS: usize = 2;
@@ -156,13 +156,30 @@ impl CapturePlan {
             .ok()
             .and_then(|pages| pages.checked_mul(PAGE_SIZE))
             .ok_or_else(|| std::io::Error::from(std::io::ErrorKind::OutOfMemory))?;
+        check_room(len as u64, memory_available()?)?;
         // Zero pages that the kernel hands out at first touch: by both copying threads, instead of
         // by one that clears them all while the guest stands still. (Not huge ones: on a host whose
-        // memory is in pieces, making them took longer than all the copying.) Where there is no room
-        // this is an error instead of the process's end. A mapping has at least a byte.
+        // memory is in pieces, making them took longer than all the copying.) A mapping has at least a
+        // byte.
         let mut bytes = MmapMut::map_anon(len.max(1))?;
         copy_in_parallel(memory, &self.runs, &mut bytes[..len])?;
         Ok(CapturedMemory { plan: self, bytes })
+    }
+}
+
+/// Refuses a copy that the host has no memory for: the kernel would grant it, and kill somebody when it is
+/// filled; the guest itself, as a rule.
+fn check_room(needed_bytes: u64, available_bytes: Option<u64>) -> std::io::Result<()> {
+    match available_bytes {
+        Some(available) if available < needed_bytes => Err(std::io::Error::new(
+            std::io::ErrorKind::OutOfMemory,
+            format!(
+                "the copy takes {} MiB, and the host has {} MiB left; end or pause other sandboxes first",
+                needed_bytes >> 20,
+                available >> 20
+            ),
+        )),
+        _ => Ok(()),
     }
 }
 
@@ -310,6 +327,19 @@ mod tests {
             ]
         );
         assert_eq!(plan.copied_pages, 3);
+    }
+
+    #[test]
+    fn a_copy_that_the_host_has_no_memory_for_is_refused() {
+        check_room(1 << 30, Some(1 << 30)).unwrap();
+        check_room(1 << 30, None).unwrap();
+        let error = check_room(3 << 30, Some(1 << 30)).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::OutOfMemory);
+        let text = error.to_string();
+        assert!(
+            text.contains("3072 MiB") && text.contains("1024 MiB"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -103,7 +103,7 @@ pub enum StartError {
         why_not: &'static str,
     },
     /// A jail that was asked for.
-    #[error("Firecracker cannot be jailed: {why_not}; without --jailer it runs as it is")]
+    #[error("the VMM cannot be jailed: {why_not}; without --jailer it runs as it is")]
     NoJail {
         /// What is missing.
         why_not: &'static str,

@@ -1,7 +1,7 @@
 //! What every operation on this host needs: storage, VMM, flags, and how written pages are tracked.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use torpor_build::{BuildId, Storage};
 use torpor_guest::CALL_DEADLINE;
@@ -10,6 +10,8 @@ use torpor_vmm::VmmIdentity;
 
 use crate::error::StartError;
 use crate::flags::Flags;
+use crate::resume::background;
+use crate::sandbox::end_left_over;
 use crate::vmm::{VmmBinary, VmmChoice, VmmKind, VmmOptions};
 
 /// Longest wait for a booting guest's agent unless told otherwise: emulated boots take 5 to 10 s on
@@ -18,6 +20,9 @@ const BOOT_MAX: Duration = Duration::from_secs(120);
 /// Longest wait for a resumed guest's agent. It takes a tenth of a second; a busy machine and a
 /// cold disk make it longer.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
+
+/// Longest wait for what dead processes have left running.
+const END_MAX: Duration = Duration::from_secs(10);
 
 /// Where things are and what is forced, as the command line gives it.
 #[derive(Debug, Clone, Default)]
@@ -65,10 +70,18 @@ impl Host {
     /// [`StartError`] names what is missing and the next step.
     pub async fn open(options: HostOptions) -> Result<Self, StartError> {
         let storage = Storage::open(&options.storage)?;
-        storage.sweep()?;
+        background({
+            let storage = storage.clone();
+            move || {
+                let deadline = Instant::now() + END_MAX;
+                storage.sweep(&mut |dir| end_left_over(dir, deadline))?;
+                Ok(())
+            }
+        })
+        .await?;
         Ok(Self {
             storage,
-            vmm: options.vmm.choose()?,
+            vmm: options.vmm.choose(&options.storage)?,
             vmm_options: options.vmm,
             flags: Flags::open(options.flags.as_deref()).await?,
             tracking: options.tracking,
@@ -149,7 +162,7 @@ impl Host {
                 asked,
             });
         }
-        let found = self.vmm_options.find(kind);
+        let found = self.vmm_options.find(kind, self.storage.root());
         found.map_err(|source| StartError::VmmMissing {
             build: *build,
             recorded: recorded.to_string(),

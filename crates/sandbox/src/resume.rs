@@ -110,24 +110,26 @@ async fn try_resume(
 
     let disk_file = run_dir.path().join(DISK_FILE);
     disk::create(&parent.disk, &disk_file)?;
+    let machine = spec.machine(host.storage(), disk_file.clone(), accel)?;
     // Written while the VMM starts: it opens the file, and reads it when the vCPUs run.
     let disk = tokio::spawn(background({
-        let (image, path) = (Arc::clone(&parent.disk), disk_file.clone());
+        let (image, path) = (Arc::clone(&parent.disk), disk_file);
         move || Ok(disk::fill(&image, &path)?)
     }));
-    let machine = spec.machine(host.storage(), disk_file, accel)?;
     let dir = run_dir.path();
     let prepared = incoming::prepare(host, &binary, &machine, dir, &parent, &state, options).await;
-    // Awaited on every way out: it holds the build, and writes into the run directory.
+    // Awaited before any return: it holds the build, and writes into the run directory.
     let (memory_at, filled) = (Instant::now(), disk.await);
+    let ready = prepared?;
+    // With `ready` whole, which lets go of the VMM before its pager.
+    filled.unwrap_or_else(|error| Err(StartError::Panicked(error.to_string())))?;
     let Ready {
         incoming,
         memory,
         eager,
         vmm_started,
-    } = prepared?;
+    } = ready;
     let (vmm_ms, memory_ms) = (clock.lap_at(vmm_started), clock.lap_at(memory_at));
-    filled.unwrap_or_else(|error| Err(StartError::Panicked(error.to_string())))?;
     let disk_ms = clock.lap();
 
     // Loading touches guest memory: the devices' queues.

@@ -7,6 +7,7 @@
 //! - How the memory came to be ([`Memory`]) decides how it is captured; nothing else remembers
 //!   whether a sandbox was booted or resumed.
 
+use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use torpor_build::{
 };
 use torpor_guest::Envd;
 use torpor_pager::{FailureSignal, PageSet, Pager, PagerFailure, PagerStats};
+use torpor_vmm::firecracker;
 use torpor_vmm::{ChangeTracker, DrainReport, GuestReader, Vmm};
 
 use crate::answer::first_answer;
@@ -610,6 +612,11 @@ pub(crate) fn machine_dir(run_dir: &Path) -> Result<PathBuf, StartError> {
         Ok(()) => Ok(path),
         Err(source) => Err(StartError::Io { path, source }),
     }
+}
+
+/// Ends what a sandbox without an owner has left running, by what is left of its run directory.
+pub(crate) fn end_left_over(run_dir: &Path, deadline: Instant) -> io::Result<()> {
+    firecracker::end_left_over(&run_dir.join(MACHINE_DIR), deadline)
 }
 
 /// A name for a sandbox that nobody named.

@@ -147,7 +147,7 @@ async fn another_qemus_build_is_refused_with_both_versions_and_the_next_step() {
     let host = host().await;
     let template = template(&host).await;
     let parent = host.storage().open_build(&template).unwrap();
-    let ours = host.vmm().version().to_owned();
+    let ours = host.vmm().version();
     // This host's VMM was chosen by name, so that another one is not looked for.
     let others: [fn(&mut BuildInfo); 3] = [
         |info| info.vmm.version = "6.0.0".to_owned(),
@@ -207,7 +207,7 @@ async fn a_host_whose_qemu_has_another_version_resumes_nothing_of_ours() {
         .await
         .to_string();
     assert!(
-        error.contains("9.9.9") && error.contains(host.vmm().version()),
+        error.contains("9.9.9") && error.contains(&host.vmm().version()),
         "{error}"
     );
 }

@@ -16,11 +16,12 @@ use std::process::{Command, Stdio};
 use std::time::SystemTime;
 
 use common::{
-    Cleanup, assert_gone, counts_on, host, pause_into_new, pause_request, resume_build, sh, signal,
-    staging_of, start_counter, template,
+    Cleanup, assert_gone, counts_on, host, on_qemu, pause_into_new, pause_request, resume_build,
+    sh, signal, staging_of, start_counter, template,
 };
 use nix::sys::signal::Signal;
 use torpor_sandbox::flags::PauseFlags;
+use torpor_sandbox::host::{Host, HostOptions};
 use torpor_sandbox::pause::pause;
 use torpor_sandbox::pause::report::PauseStep;
 
@@ -167,7 +168,7 @@ async fn a_killed_process_takes_its_vmms_with_it_and_the_next_one_sweeps_up() {
     assert!(pids.iter().all(|pid| is_qemu(*pid)), "{said}");
     assert_eq!(left().count(), 3);
     // What lives is not swept.
-    host.storage().sweep().unwrap();
+    host.storage().sweep(&mut |_| Ok(())).unwrap();
     assert_eq!(left().count(), 3);
 
     signal(victim.id(), Signal::SIGKILL);
@@ -175,7 +176,7 @@ async fn a_killed_process_takes_its_vmms_with_it_and_the_next_one_sweeps_up() {
     common::wait_until("its VMMs are gone", || {
         !pids.iter().any(|pid| is_qemu(*pid))
     });
-    host.storage().sweep().unwrap();
+    host.storage().sweep(&mut |_| Ok(())).unwrap();
     assert_eq!(left().count(), 0, "left: {:?}", left().collect::<Vec<_>>());
     assert!(host.storage().open_build(&build.parse().unwrap()).is_err());
 }
@@ -184,4 +185,35 @@ async fn a_killed_process_takes_its_vmms_with_it_and_the_next_one_sweeps_up() {
 fn is_qemu(pid: u32) -> bool {
     let exe = std::fs::read_link(Path::new("/proc").join(pid.to_string()).join("exe"));
     exe.is_ok_and(|exe| exe.to_string_lossy().contains("qemu"))
+}
+
+/// Whatever is left running in it could not be found any more.
+#[tokio::test]
+async fn what_cannot_be_ended_of_a_left_over_is_not_removed_and_no_start_fails_over_it() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let options = || HostOptions {
+        storage: dir.path().to_path_buf(),
+        vmm: on_qemu(),
+        ..HostOptions::default()
+    };
+    let storage = Host::open(options()).await.unwrap().storage().clone();
+    let machine = storage.run_path(&"dead".parse().unwrap()).join("machine");
+    std::fs::create_dir_all(&machine).unwrap();
+    std::fs::write(machine.join("cgroup"), "of none that could be ended").unwrap();
+    let left = || std::fs::read_dir(dir.path().join("staging")).unwrap();
+    let record = || {
+        left()
+            .next()
+            .unwrap()
+            .unwrap()
+            .path()
+            .join("machine/cgroup")
+    };
+    for _ in 0..2 {
+        Host::open(options()).await.unwrap();
+        assert!(record().exists());
+    }
+    std::fs::remove_file(record()).unwrap();
+    Host::open(options()).await.unwrap();
+    assert_eq!(left().count(), 0);
 }

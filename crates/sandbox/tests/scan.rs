@@ -24,16 +24,20 @@ use torpor_sandbox::flags::PauseFlags;
 use torpor_sandbox::host::Host;
 use torpor_sandbox::pause::Paused;
 use torpor_sandbox::resume::{ResumeOptions, resume};
-use torpor_workload::{CHECK_COMMAND, FreePages};
+use torpor_workload::{FreePages, Watching};
 
 const SETTLE_MAX: Duration = Duration::from_secs(10);
 /// An emulated guest with 6 GiB reads two million flags.
 const ANSWER_MAX: Duration = Duration::from_secs(120);
+/// Who does not answer for so long will not.
+const SILENCE: Duration = Duration::from_secs(5);
 const GUEST_PROGRAM: &str = "/usr/local/bin/torpor-workload";
 const TAG: &str = "free-pages";
 /// Looks, 50 ms apart, that must see the same before nothing comes in any more.
 const STILL_LOOKS: u32 = 10;
-/// Pages that both looks saw free and the stop between them did not: the guest is quiet, but it answers
+/// For what a message to the host leaves behind in the guest; it is looking at its pages meanwhile.
+const AFTER_A_MESSAGE: Duration = Duration::from_millis(500);
+/// Pages that all looks saw free and the stop between them did not: the guest is quiet, but it answers
 /// us. (For the other direction there is no slack: such a page would be lost.)
 const RESTLESS_PAGES_MAX: u64 = 64;
 /// What per-CPU lists may hold of pages that `MemFree` counts or does not count: their batches, and
@@ -364,6 +368,29 @@ async fn a_guest_that_speaks_of_another_boot_than_at_its_start_is_not_scanned() 
     not_scanned(&paused, Some(&parent), "another kernel");
 }
 
+/// Its only processor belongs to somebody else: another kernel could run there as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_agent_answers_nothing_is_paused_and_not_scanned() {
+    let host = host().await;
+    let template = template(&host).await;
+    let (sandbox, _) = resume_build(&host, &template).await;
+    // Neither of the kernel's two provisions against this, the newer one where there is one.
+    let hog = "echo -1 > /proc/sys/kernel/sched_rt_runtime_us && \
+               mount -t debugfs none /sys/kernel/debug && cd /sys/kernel/debug/sched && \
+               for left in fair_server/*/runtime; do test ! -e $left || echo 0 > $left; done && \
+               setsid chrt -f 99 sh -c 'sleep 1; while :; do :; done' > /dev/null 2>&1 &";
+    sh(&sandbox, hog).await;
+    let envd = sandbox.envd().with_deadline(SILENCE);
+    let falls_silent = async { while envd.metrics().await.is_ok() {} };
+    tokio::time::timeout(ANSWER_MAX, falls_silent)
+        .await
+        .unwrap();
+    let paused = pause_into_new(sandbox, &host, PauseFlags::default()).await;
+    let _cleanup = Cleanup(host.storage(), vec![paused.build.id()]);
+    let parent = host.storage().open_build(&template).unwrap();
+    not_scanned(&paused, Some(&parent), "does not answer");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_asks_its_flags_whether_to_scan_and_to_refer() {
     let host = host().await;
@@ -444,64 +471,50 @@ fn free_marks(build: &Build) -> Vec<bool> {
     marks(pages, free.map(|run| (run.first_page, run.pages)))
 }
 
-/// Two looks of the guest at its own flags, and our scan between them: where both looks agree on a
-/// page, the scan must say the same.
+/// The guest looks at its own flags over and over, and our scan falls between: of each page that all
+/// looks agree on, the scan must say the same.
 async fn agrees_with_its_guest(host: &Host, sandbox: &Sandbox, what: &str) {
     upload(sandbox, &workload(), GUEST_PROGRAM).await;
+    sh(sandbox, UNBIND_BALLOON).await;
     sh(sandbox, "echo 1 > /proc/sys/vm/compact_memory; sleep 1").await;
     let command = Command::new(GUEST_PROGRAM)
         .arg("free-pages")
         .stdin()
         .tag(TAG);
     let mut process = sandbox.envd().start(&command, None).await.unwrap();
-    // The first look warms up what looking needs.
-    let _warm: FreePages = line(&mut process, ANSWER_MAX).await;
-    let before = look(sandbox, &mut process).await;
+    let watching: Watching = line(&mut process, ANSWER_MAX).await;
+    assert!(watching.pages >= sandbox.spec().memory_pages(), "{what}");
+    tokio::time::sleep(AFTER_A_MESSAGE).await;
     sandbox.vmm().stop_vcpus().await.unwrap();
     let (report, free) = sandbox
         .find_free_pages(host.storage(), SETTLE_MAX)
         .await
         .unwrap();
     sandbox.vmm().resume_vcpus().await.unwrap();
-    let after = look(sandbox, &mut process).await;
+    let selector = Selector::Tag(TAG.to_owned());
+    let envd = sandbox.envd();
+    envd.send_input(&selector, b"\n").await.unwrap();
+    let guest: FreePages = line(&mut process, ANSWER_MAX).await;
     assert_eq!(report.why_not(), None, "{what}");
 
     let pages = sandbox.spec().memory_pages();
-    let ram = sandbox.vmm().ram();
     let by_scan = marks(pages, free.iter().map(|run| (run.first_page, run.pages)));
-    let place = |look: &FreePages| {
-        let runs = look.runs.iter().flat_map(|&(first, pages)| {
-            ram.iter().filter_map(move |segment| {
-                let (from, until) = (
-                    segment.guest_addr / 4096,
-                    segment.guest_addr / 4096 + segment.len_bytes / 4096,
-                );
-                let (first, end) = (first.max(from), (first + pages).min(until));
-                (first < end).then(|| {
-                    (
-                        segment.guest_offset_bytes / 4096 + first - from,
-                        end - first,
-                    )
-                })
-            })
-        });
-        marks(pages, runs)
-    };
-    let (before_marks, after_marks) = (place(&before), place(&after));
-    // Used by both looks and free by the scan; and the harmless other way.
+    let (by_guest, changed) = (place(sandbox, &guest.free), place(sandbox, &guest.changed));
+    // Used in every look and free by the scan; and the harmless other way.
     let (mut lost, mut missed) = (0_u64, 0_u64);
     let (mut compared, mut free_pages) = (0_u64, 0_u64);
     for (page, scanned) in by_scan.iter().enumerate() {
-        if before_marks[page] == after_marks[page] {
+        if !changed[page] {
             compared += 1;
-            lost += u64::from(*scanned && !before_marks[page]);
-            missed += u64::from(!*scanned && before_marks[page]);
+            lost += u64::from(*scanned && !by_guest[page]);
+            missed += u64::from(!*scanned && by_guest[page]);
         }
         free_pages += u64::from(*scanned);
     }
-    let mem_free = before.mem_free_kib / 4;
+    let mem_free = guest.mem_free_kib / 4;
+    let looks = guest.looks;
     println!(
-        "{what}: {compared} of {pages} pages compared, {lost} used ones free by the scan, {missed} free \
+        "{what}: {compared} of {pages} pages compared in {looks} looks, {lost} used ones free by the scan, {missed} free \
          ones used by it; {free_pages} free, MemFree {mem_free} pages"
     );
     assert!(
@@ -517,15 +530,21 @@ async fn agrees_with_its_guest(host: &Host, sandbox: &Sandbox, what: &str) {
     );
 }
 
-async fn look(sandbox: &Sandbox, process: &mut Process) -> FreePages {
-    let ask = format!("{CHECK_COMMAND}\n");
-    let selector = Selector::Tag(TAG.to_owned());
-    sandbox
-        .envd()
-        .send_input(&selector, ask.as_bytes())
-        .await
-        .unwrap();
-    line(process, ANSWER_MAX).await
+/// The guest's page frame numbers, as pages of its memory file.
+fn place(sandbox: &Sandbox, runs: &[(u64, u64)]) -> Vec<bool> {
+    let ram = sandbox.vmm().ram();
+    let runs = runs.iter().flat_map(|&(first, pages)| {
+        ram.iter().filter_map(move |segment| {
+            let (from, until) = (
+                segment.guest_addr / 4096,
+                segment.guest_addr / 4096 + segment.len_bytes / 4096,
+            );
+            let (first, end) = (first.max(from), (first + pages).min(until));
+            let offset = segment.guest_offset_bytes / 4096;
+            (first < end).then(|| (offset + first - from, end - first))
+        })
+    });
+    marks(sandbox.spec().memory_pages(), runs)
 }
 
 fn marks(pages: u64, runs: impl Iterator<Item = (u64, u64)>) -> Vec<bool> {

@@ -202,7 +202,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) metrics: Option<PathBuf>,
 
-    /// How written pages are tracked in a resumed guest
+    /// How written pages are tracked in a guest that is resumed on QEMU; on Firecracker it is always a
+    /// fault for each first write
     #[arg(long, value_enum, default_value_t = Tracking::Auto, env = "TORPOR_WRITE_TRACKING")]
     pub(crate) write_tracking: Tracking,
 }

@@ -9,7 +9,8 @@ use rustix::fs::{Access, access, statvfs};
 use serde::Serialize;
 use torpor_pager::{Uffd, WriteTracking};
 use torpor_sandbox::assets::{self, AssetError, Assets, DEFAULT_KERNEL};
-use torpor_sandbox::vmm::{FirecrackerProgram, VmmBinary, VmmChoice, VmmOptions};
+use torpor_sandbox::error::StartError;
+use torpor_sandbox::vmm::{FirecrackerProgram, VmmBinary, VmmChoice, VmmKind, VmmOptions};
 use torpor_vmm::KvmSupport;
 use torpor_vmm::firecracker::{NoNetwork, check_network};
 use torpor_vmm::qemu::QemuBinary;
@@ -26,6 +27,9 @@ const DISK_FREE_BYTES_MIN: u64 = 2 << 30;
 const MEMORY_FREE_BYTES_MIN: u64 = 640 << 20;
 /// `CAP_SYS_PTRACE` in `/proc/self/status`.
 const CAP_SYS_PTRACE_BIT: u32 = 19;
+
+const WITHOUT_USERFAULTFD: &str =
+    "a resume on QEMU reads all memory before it starts, and there is none on Firecracker";
 
 #[derive(Debug, Serialize)]
 struct Diagnosis {
@@ -68,8 +72,12 @@ impl Check {
     }
 
     /// What is missing makes it slower, or is not used.
-    fn not_required(mut self) -> Self {
-        self.required = false;
+    fn not_required(self) -> Self {
+        self.required_if(false)
+    }
+
+    fn required_if(mut self, required: bool) -> Self {
+        self.required = required;
         self
     }
 }
@@ -97,15 +105,19 @@ pub(crate) async fn run(context: &Context, args: DoctorArgs) -> Result<(), CliEr
 }
 
 fn checks(storage: &Path, options: &VmmOptions) -> Vec<Check> {
+    let choice = options.choose(storage);
+    let firecracker_boots = choice
+        .as_ref()
+        .is_ok_and(|choice| choice.binary.kind() == VmmKind::Firecracker);
     let mut checks = vec![
         host_kernel(),
         kvm(KvmSupport::of_host()),
-        userfaultfd(),
+        userfaultfd(firecracker_boots),
         ptrace(),
         qemu(options.qemu.as_deref()),
-        firecracker(options),
+        firecracker(options, storage),
         network(check_network()),
-        vmm(options),
+        vmm(choice),
         mke2fs(),
     ];
     checks.extend(assets_checks());
@@ -143,27 +155,22 @@ fn kvm(support: KvmSupport) -> Check {
 
 /// The descriptor that a resume needs serves faults of the kernel, too (KVM's, vhost's), which not
 /// everyone may have; asking for features alone would not show that.
-fn userfaultfd() -> Check {
+fn userfaultfd(firecracker_boots: bool) -> Check {
     let device = access("/dev/userfaultfd", Access::READ_OK | Access::WRITE_OK).is_ok();
-    match Uffd::create() {
-        Ok(_) => with_userfaultfd(),
-        Err(_) if device => with_userfaultfd(),
-        Err(error) => Check::bad(
-            "userfaultfd",
-            format!("not permitted ({error}): a resume reads all memory before it starts"),
-            "run as root, or `sysctl vm.unprivileged_userfaultfd=1`, or give yourself read and write \
-             access to /dev/userfaultfd; in a container allow the system call",
-        )
-        .not_required(),
-    }
+    let tracking = match Uffd::create() {
+        Err(error) if !device => Err(format!("not permitted ({error})")),
+        _ => WriteTracking::best_of_host().map_err(|error| format!("not to be had ({error})")),
+    };
+    userfaultfd_check(tracking, firecracker_boots)
 }
 
-fn with_userfaultfd() -> Check {
+/// Of what it tracks writes with, or why there is none. Nothing else fills a Firecracker's memory.
+fn userfaultfd_check(tracking: Result<WriteTracking, String>, firecracker_boots: bool) -> Check {
     let name = "userfaultfd";
-    match WriteTracking::best_of_host() {
+    match tracking {
         Ok(WriteTracking::Async) => Check::good(
             name,
-            "with asynchronous write-protect (kernel 6.7 or newer)",
+            "with asynchronous write-protect (kernel 6.7 or newer), for guests on QEMU",
         ),
         Ok(WriteTracking::Sync) => Check::bad(
             name,
@@ -176,13 +183,13 @@ fn with_userfaultfd() -> Check {
             "without write-protect",
             "use kernel 6.7 or newer (at least 5.19)",
         ),
-        Err(error) => Check::bad(
+        Err(why) => Check::bad(
             name,
-            format!("not to be had ({error}): a resume reads all memory before it starts"),
-            "run as root, or `sysctl vm.unprivileged_userfaultfd=1`; in a container allow the \
-             system call",
+            format!("{why}: {WITHOUT_USERFAULTFD}"),
+            "run as root, or `sysctl vm.unprivileged_userfaultfd=1`, or give yourself read and write \
+             access to /dev/userfaultfd; in a container allow the system call",
         )
-        .not_required(),
+        .required_if(firecracker_boots),
     }
 }
 
@@ -225,7 +232,13 @@ fn may_ptrace_anything(status: &str) -> bool {
 fn qemu(explicit: Option<&Path>) -> Check {
     let name = "QEMU";
     match QemuBinary::find(explicit) {
-        Ok(qemu) => Check::good(name, format!("{} at {}", qemu.version, qemu.path.display())),
+        Ok(qemu) => {
+            let (version, path) = (qemu.version, qemu.path.display());
+            Check::good(
+                name,
+                format!("{version} at {path}; its balloon reports free pages"),
+            )
+        }
         Err(error) => Check::bad(
             name,
             error.to_string(),
@@ -235,16 +248,16 @@ fn qemu(explicit: Option<&Path>) -> Check {
     }
 }
 
-fn firecracker(options: &VmmOptions) -> Check {
+fn firecracker(options: &VmmOptions, storage: &Path) -> Check {
     let name = "Firecracker";
-    match FirecrackerProgram::find(options) {
+    match FirecrackerProgram::find(options, storage) {
         Ok(program) => {
             let (release, path) = (
                 program.release().to_owned(),
                 program.path().display().to_string(),
             );
             let jail = program.jailer().map_or_else(
-                || "not jailed".to_owned(),
+                |why_not| format!("not jailed: {why_not}"),
                 |jailer| format!("jailed by {}", jailer.display()),
             );
             let features = VmmBinary::Firecracker(program).free_pages();
@@ -280,9 +293,9 @@ fn network(firecrackers: Result<(), NoNetwork>) -> Check {
 }
 
 /// The one that would boot a guest here.
-fn vmm(options: &VmmOptions) -> Check {
+fn vmm(choice: Result<VmmChoice, StartError>) -> Check {
     let name = "VMM";
-    match options.choose() {
+    match choice {
         Ok(VmmChoice { binary, why }) => {
             let identity = binary.identity();
             Check::good(name, format!("{identity} would be taken: {why}"))
@@ -290,7 +303,8 @@ fn vmm(options: &VmmOptions) -> Check {
         Err(error) => Check::bad(
             name,
             format!("none would run a guest: {error}"),
-            "`apt-get install qemu-system-x86` (`make setup` does it), or name another by --vmm",
+            "leave --jailer and --firecracker out if the reason names them, or name another VMM by --vmm; \
+             for QEMU `apt-get install qemu-system-x86` (`make setup` does it)",
         ),
     }
 }
@@ -500,6 +514,16 @@ mod tests {
         }));
         assert!(!check.ok && !check.required);
         assert!(check.found.contains("slirp4netns"), "{}", check.found);
+    }
+
+    #[test]
+    fn without_userfaultfd_a_host_is_ready_only_if_it_is_not_firecracker_that_boots() {
+        for firecracker_boots in [true, false] {
+            let check = userfaultfd_check(Err("not permitted".to_owned()), firecracker_boots);
+            assert_eq!((check.ok, check.required), (false, firecracker_boots));
+            let slower = userfaultfd_check(Ok(WriteTracking::Sync), firecracker_boots);
+            assert_eq!((slower.ok, slower.required), (false, false));
+        }
     }
 
     #[test]

@@ -42,6 +42,7 @@ use std::time::Duration;
 
 use clap::Parser as _;
 use tokio::runtime::Runtime;
+use torpor_vmm::wait_until_reaped;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Cli, Command};
@@ -91,6 +92,7 @@ fn execute(cli: Cli, output: Output) -> Result<(), CliError> {
     awaited
         .set("files of the storage that are still being read or written, and memory being freed");
     runtime.shutdown_timeout(BLOCKING_WORK_MAX);
+    wait_until_reaped();
     awaited.set("the deletion of builds that were not finished");
     let kept = context.clean_up();
     let written = metrics.map_or(Ok(()), |metrics| metrics.write());

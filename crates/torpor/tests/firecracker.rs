@@ -85,6 +85,7 @@ fn every_command_of_the_main_job_runs_on_firecracker() {
     let paused = signal_pause();
     look(&paused);
     a_build_is_resumed_by_the_vmm_that_made_it();
+    in_place();
     fph_bench();
     succeeds(&["delete-build", &paused]);
 }
@@ -99,7 +100,10 @@ fn doctor_takes_it() {
         check["found"].as_str().unwrap().to_owned()
     };
     assert!(found("VMM").starts_with("firecracker "), "{}", found("VMM"));
-    println!("{}", found("Firecracker"));
+    let firecracker = found("Firecracker");
+    println!("{firecracker}");
+    let jailed = std::env::var_os("TORPOR_TEST_JAILED").is_some();
+    assert_eq!(firecracker.contains("; jailed by "), jailed);
 }
 
 fn build() -> String {
@@ -244,6 +248,41 @@ fn a_build_is_resumed_by_the_vmm_that_made_it() {
         (code == 4 && said.contains("--vmm firecracker")) || said.contains("qemu-system"),
         "{code}: {said}"
     );
+}
+
+/// Two builds of one VM that goes on, each on top of the one before.
+fn in_place() {
+    let stored = json(&[
+        "resume-build",
+        "--from-build",
+        "fc",
+        "--cmd-pause",
+        "echo again >> /root/in-place; head -c 4000000 /dev/urandom > /dev/shm/$(date +%s%N)",
+        "--in-place",
+        "--iterations",
+        "2",
+        "--json",
+    ]);
+    let checkpoints = stored["checkpoints"].as_array().unwrap();
+    let id = |number: usize| checkpoints[number]["build"].as_str().unwrap();
+    let stored_bytes = &checkpoints[1]["pause"]["memory"]["raw_bytes"];
+    assert!(
+        stored_bytes.as_u64().unwrap() < 32 << 20,
+        "only what is new: {stored_bytes}"
+    );
+    let (code, _, said) = run(&["delete-build", id(0)]);
+    assert!(
+        code != 0 && said.contains(id(1)),
+        "the one stands on the other: {said}"
+    );
+    let listed = json(&["list-builds", "--json"]).to_string();
+    assert!(listed.contains(id(0)) && listed.contains(id(1)), "{listed}");
+    let line = "cat /root/in-place";
+    let said = succeeds(&["resume-build", "--from-build", id(1), "--cmd", line]);
+    assert!(said.starts_with("again\nagain\n"), "{said}");
+    for number in [1, 0] {
+        succeeds(&["delete-build", id(number)]);
+    }
 }
 
 /// Hints come in blocks of 4 MiB: of much less than this no block may be free as a whole.

@@ -13,12 +13,18 @@
 
 use std::ffi::CString;
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, MountPropagationFlags, mount_bind, mount_change, mount_remount};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+/// How often what was killed is looked at.
+const KILL_LOOK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// See the module.
 #[derive(Debug)]
@@ -43,10 +49,49 @@ pub(crate) struct BindMount {
 pub(crate) struct Cgroup(PathBuf);
 
 impl Cgroup {
+    /// Makes one that nobody else has.
     pub(crate) fn create(path: PathBuf) -> io::Result<Self> {
-        fs::create_dir_all(&path)?;
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        fs::create_dir(&path)?;
         Ok(Self(path))
     }
+}
+
+/// Kills what is in a cgroup that has lost its owner, and removes it. One that is gone is no error.
+pub(crate) fn end_cgroup(path: &Path, deadline: Instant) -> io::Result<()> {
+    loop {
+        let removed = fs::remove_dir(path);
+        match removed.as_ref().map_err(io::Error::kind) {
+            Err(ErrorKind::NotFound) => return Ok(()),
+            Err(ErrorKind::ResourceBusy) if Instant::now() < deadline => kill_all_in(path)?,
+            _ => return removed,
+        }
+        // What was killed takes a while to end.
+        thread::sleep(KILL_LOOK_INTERVAL);
+    }
+}
+
+fn kill_all_in(cgroup: &Path) -> io::Result<()> {
+    let processes = || fs::read_to_string(cgroup.join("cgroup.procs"));
+    for pid in processes()?.lines().filter_map(|line| line.parse().ok()) {
+        let Some(pid) = Pid::from_raw(pid) else {
+            continue;
+        };
+        // By a descriptor, and only if it still is in there: the number may be another's by now.
+        let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else {
+            continue;
+        };
+        let number = pid.as_raw_nonzero().to_string();
+        if processes()?.lines().any(|line| line == number) {
+            match pidfd_send_signal(process, Signal::KILL) {
+                Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Cgroup {

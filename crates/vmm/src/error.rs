@@ -89,6 +89,16 @@ pub enum VmmError {
         /// How it ended, with what it said.
         exit: Box<VmmExit>,
     },
+    /// Nobody listens where Firecracker's API is to be, though it lives (or its jailer does).
+    #[error("Firecracker did not open its API within {deadline_ms} ms ({source}); {next_step}")]
+    NotUp {
+        /// How long we waited.
+        deadline_ms: u128,
+        /// Why there is no connection.
+        source: std::io::Error,
+        /// What to do.
+        next_step: &'static str,
+    },
     /// The guest's network could not be had.
     #[error("slirp4netns did not make the guest's network: it {exit}")]
     NetworkHelper {

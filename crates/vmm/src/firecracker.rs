@@ -36,11 +36,11 @@ mod vm;
 
 pub use api::{Api, ApiError};
 pub use balloon::{InstalledBalloon, install_balloon};
-pub use binary::{Deadlines, FirecrackerBinary, Version};
+pub use binary::{Deadlines, FirecrackerBinary};
 pub use config::{AGENT_VSOCK_PORT, kernel_command_line};
 pub use drain::{HeldBytes, drain_balloon};
 pub use handshake::Handshake;
 pub use incoming::{IncomingFirecracker, prepare_resume};
-pub use jail::Jail;
+pub use jail::{Jail, end_left_over};
 pub use network::{NoNetwork, check_network};
 pub use vm::boot;

@@ -56,17 +56,25 @@ fn hardware_virtualises() -> bool {
 /// Refuses a guest that could not fill its memory now. A guest takes its memory page by page: a
 /// host without room would find out in the middle of the guest's life, by killing something.
 pub(crate) fn check_room(needed_bytes: u64) -> Result<()> {
-    let text = fs::read_to_string("/proc/meminfo").map_err(|source| VmmError::Host {
+    let available = memory_available().map_err(|source| VmmError::Host {
         what: "read /proc/meminfo",
         source,
     })?;
-    match available_bytes(&text) {
+    match available {
         Some(available_bytes) if available_bytes < needed_bytes => Err(VmmError::NoRoom {
             needed_bytes,
             available_bytes,
         }),
         _ => Ok(()),
     }
+}
+
+/// Bytes that the host's kernel can still hand out, free swap included; `None` if it does not say.
+///
+/// # Errors
+/// /proc/meminfo cannot be read.
+pub fn memory_available() -> std::io::Result<Option<u64>> {
+    Ok(available_bytes(&fs::read_to_string("/proc/meminfo")?))
 }
 
 /// `MemAvailable` and free swap of a `/proc/meminfo`: what the kernel can still hand out.

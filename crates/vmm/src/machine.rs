@@ -141,7 +141,7 @@ pub(crate) fn join_command_line(words: &[&str], extra: &str) -> Result<String> {
 /// Who made a device state, and who alone can read it again.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct VmmIdentity {
-    /// The program: `qemu`.
+    /// The program: `qemu` or `firecracker`.
     pub name: String,
     /// Its upstream version, as in `7.2.22`. A distribution's package revision is not part of it.
     pub version: String,

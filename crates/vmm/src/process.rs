@@ -28,9 +28,9 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -50,6 +50,10 @@ const STDERR_TAIL_BYTES: usize = 4 << 10;
 /// How long a killed VMM may take to be gone. Tearing down the memory of a large guest takes
 /// a second; beyond this the kernel is stuck.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long whoever drops a VMM that is locked up waits for its end.
+const DROP_WAIT: Duration = Duration::from_secs(2);
+/// How often it looks.
+const REAPED_LOOK_INTERVAL: Duration = Duration::from_millis(1);
 /// One read of the console or of standard error.
 const READ_BYTES: usize = 4 << 10;
 /// How often one source is read before the others have their turn: a guest that prints without
@@ -78,18 +82,22 @@ pub(crate) struct Spawn {
     pub(crate) own_network: bool,
 }
 
-/// A VMM that was started. Dropping it kills it; the warden reaps it.
+/// A VMM that was started. Dropping it kills it; the warden reaps it. For one that is locked up the drop
+/// waits a moment: who removes the VMM's files next would take with them the record of a jail that is
+/// still there.
 #[derive(Debug)]
 pub(crate) struct Process {
     pid: u32,
     pidfd: Arc<OwnedFd>,
     exit: watch::Receiver<Option<VmmExit>>,
+    locked_up: bool,
 }
 
 impl Process {
     /// Starts the VMM under a warden of its own.
     pub(crate) async fn spawn(spawn: Spawn) -> Result<Self> {
         let path = spawn.program.clone();
+        let locked_up = spawn.confinement.is_some();
         let failed = |source| VmmError::File {
             role: "VMM binary",
             path,
@@ -97,10 +105,14 @@ impl Process {
         };
         let (exit_sender, exit) = watch::channel(None);
         let (started_sender, started) = oneshot::channel();
+        let at_work = AtWork::begin();
         let warden = thread::Builder::new()
             .name("torpor-warden".into())
             .stack_size(WARDEN_STACK_BYTES)
-            .spawn(move || warden(spawn, started_sender, &exit_sender));
+            .spawn(move || {
+                let _at_work = at_work;
+                warden(spawn, started_sender, &exit_sender);
+            });
         if let Err(source) = warden {
             return Err(VmmError::Host {
                 what: "start a thread for the VMM",
@@ -112,7 +124,12 @@ impl Process {
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
         let (pid, pidfd) = started.map_err(failed)?;
-        Ok(Self { pid, pidfd, exit })
+        Ok(Self {
+            pid,
+            pidfd,
+            exit,
+            locked_up,
+        })
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -167,6 +184,14 @@ impl Process {
             })
     }
 
+    /// Blocks until the warden has reaped it and taken away what surrounded it, within [`DROP_WAIT`].
+    fn wait_until_reaped(&self) {
+        let until = Instant::now() + DROP_WAIT;
+        while self.exited().is_none() && Instant::now() < until {
+            thread::sleep(REAPED_LOOK_INTERVAL);
+        }
+    }
+
     fn send_kill(&self) {
         // By pidfd: it can only hit this very process. ESRCH: it is gone, which is what we want.
         let sent = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
@@ -181,6 +206,42 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.send_kill();
+        if self.locked_up {
+            self.wait_until_reaped();
+        }
+    }
+}
+
+/// How many wardens are at work, and where it is told that one has ended.
+static WARDENS: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());
+
+/// A warden at work.
+struct AtWork;
+
+impl AtWork {
+    fn begin() -> Self {
+        *WARDENS.0.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        Self
+    }
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        *WARDENS.0.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        WARDENS.1.notify_all();
+    }
+}
+
+/// Waits, for ten seconds at most, until every VMM of this process has ended and what surrounded it is
+/// taken away. For a process that ends, once it has let go of them all: wardens end with it.
+pub fn wait_until_reaped() {
+    let at_work = WARDENS.0.lock().unwrap_or_else(PoisonError::into_inner);
+    let waited = WARDENS
+        .1
+        .wait_timeout_while(at_work, KILL_DEADLINE, |at_work| *at_work > 0);
+    let (at_work, _) = waited.unwrap_or_else(PoisonError::into_inner);
+    if *at_work > 0 {
+        tracing::warn!("{at_work} VMMs were killed and have not ended");
     }
 }
 
@@ -292,6 +353,7 @@ struct Surroundings {
 fn before_exec(parent: u32, highest_fd: i32, around: &Surroundings) -> io::Result<()> {
     rustix::process::setsid()?;
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    forbid_merging();
     // The parent may have died before the line above: then nobody would ever kill us. From within a
     // process-id namespace it cannot be seen; who asked for one looks after that.
     let parent_now = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
@@ -320,6 +382,16 @@ fn before_exec(parent: u32, highest_fd: i32, around: &Surroundings) -> io::Resul
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Keeps the kernel from merging the VMM's memory with equal pages of others (KSM), which whoever started
+/// us may have asked for (PR_SET_MEMORY_MERGE, systemd's `MemoryKSM`): it is inherited. A merged page
+/// loses the marks by which written pages are known, and its next write goes unseen.
+fn forbid_merging() {
+    const PR_SET_MEMORY_MERGE: libc::c_int = 67;
+    // SAFETY: this prctl takes numbers only. Kernels before 6.4 do not know it, and merge nothing that
+    // was not offered.
+    unsafe { libc::prctl(PR_SET_MEMORY_MERGE, 0, 0, 0, 0) };
 }
 
 /// Reads standard error and the console until the process has ended and both are empty; returns
@@ -413,5 +485,43 @@ fn describe(status: io::Result<ExitStatus>, stderr_tail: String) -> VmmExit {
             signal: None,
             stderr_tail: format!("{stderr_tail}{e}"),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_vmms_memory_is_not_merged_though_ours_is() {
+        let merges = |pid: u32| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/ksm_stat")).ok()?;
+            let line = stat
+                .lines()
+                .find_map(|line| line.strip_prefix("ksm_merge_any: "));
+            line.map(|answer| answer == "yes")
+        };
+        let merge = |ours: libc::c_int| {
+            // SAFETY: as above.
+            unsafe { libc::prctl(67, ours, 0, 0, 0) };
+        };
+        merge(1);
+        if merges(std::process::id()) != Some(true) {
+            println!("not run: this kernel does not merge, or does not say so");
+            return;
+        }
+        let spawn = Spawn {
+            program: "/bin/sleep".into(),
+            args: vec!["60".into()],
+            dir: "/".into(),
+            fds: Vec::new(),
+            stdout: None,
+            console: None,
+            confinement: None,
+            own_network: false,
+        };
+        let process = Process::spawn(spawn).await.unwrap();
+        merge(0);
+        assert_eq!(merges(process.pid()), Some(false));
     }
 }

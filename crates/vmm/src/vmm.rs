@@ -26,7 +26,7 @@ pub trait Vmm: Send + Sync + fmt::Debug {
     /// Whether the process is still there, to the best of our knowledge.
     fn is_alive(&self) -> bool;
 
-    /// Where the guest's memory is: the memfd, and where the VMM has it mapped.
+    /// Where the guest's memory is: where the VMM has it mapped, and the memfd if it is one.
     ///
     /// # Errors
     /// The VMM is gone, or its mappings cannot be read.
@@ -138,7 +138,8 @@ pub enum DrainOutcome {
     NotArmed,
     /// The balloon would report, but the guest has no driver that does (yet).
     GuestSilent,
-    /// The VMM ended, or the memory could not be looked at.
+    /// The VMM's API answered with an error that is none of these or not at all, the VMM ended, or the
+    /// memory could not be looked at.
     Failed(String),
 }
 

@@ -16,7 +16,8 @@ use firecracker_peer::{Answer, Peer, refusal};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use torpor_vmm::DrainOutcome;
-use torpor_vmm::firecracker::{ApiError, Version, drain_balloon, install_balloon};
+use torpor_vmm::Version;
+use torpor_vmm::firecracker::{ApiError, drain_balloon, install_balloon};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 const START: &str = "PATCH /balloon/hinting/start";
@@ -149,17 +150,28 @@ async fn the_balloon_is_armed_for_hinting_and_reports_only_where_asked() {
 
 #[tokio::test]
 async fn a_field_that_is_refused_by_name_is_left_out_and_any_other_refusal_is_told() {
-    let unknown = refusal(
-        "An error occurred when deserializing the json body of a request: unknown field \
-         `free_page_reporting`, expected one of `amount_mib`, `deflate_on_oom`",
-    );
-    let peer = Peer::script([unknown, Answer::Empty(204), refusal("Too much.")]);
+    // The refusal names what is known, too.
+    let unknown = |field: &str, known: &str| {
+        refusal(&format!(
+            "An error occurred when deserializing the json body of a request: unknown field \
+             `{field}`, expected one of `amount_mib`, `deflate_on_oom`, `{known}`"
+        ))
+    };
+    let [reporting, hinting] = ["free_page_reporting", "free_page_hinting"];
+    let peer = Peer::script([
+        unknown(reporting, hinting),
+        Answer::Empty(204),
+        unknown(hinting, reporting),
+        Answer::Empty(204),
+        refusal("Too much."),
+    ]);
     let api = peer.api();
     let version = Version::new(1, 16, 0);
-    let less = install_balloon(&api, version, true, DEADLINE)
-        .await
-        .unwrap();
-    assert!(less.hinting && !less.reporting);
+    for other in [true, false] {
+        let less = install_balloon(&api, version, true, DEADLINE);
+        let less = less.await.unwrap();
+        assert_eq!((less.hinting, less.reporting), (other, !other));
+    }
     let error = install_balloon(&api, version, true, DEADLINE).await;
     assert_eq!(error.unwrap_err().fault_message(), Some("Too much."));
 }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use lazy::LazyMemory;
 use support::{Guest, Host};
-use torpor_vmm::{DrainOutcome, GuestMemory, VmmError};
+use torpor_vmm::{DrainOutcome, GuestMemory, MachineConfig, VmmError};
 
 fn memfd(memory: &GuestMemory) -> OwnedFd {
     memory.memfd.as_ref().unwrap().try_clone().unwrap()
@@ -78,6 +78,22 @@ async fn a_guest_finds_its_drives_in_order_and_its_discards_punch_holes() {
 
     guest.vm.kill().await.unwrap();
     assert!(host.console().contains("test guest is up"));
+}
+
+/// While it boots, a kernel patches code that other processors run: emulated ones may go on with the
+/// old code (3 of 100 did).
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes five minutes: a hundred boots; run by make test-long"]
+async fn a_guest_of_four_processors_boots_each_of_a_hundred_times() {
+    let host = Host::new();
+    let machine = MachineConfig {
+        vcpus: 4,
+        ..host.machine()
+    };
+    for _ in 0..100 {
+        let guest = host.boot(&machine).await;
+        guest.vm.kill().await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

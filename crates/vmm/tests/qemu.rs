@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use support::{Host, binary, wait_until_gone};
+use torpor_vmm::Version;
 use torpor_vmm::qemu::{self, QemuBinary};
 use torpor_vmm::{MachineConfig, VmmError};
 
@@ -139,7 +140,7 @@ async fn what_is_missing_is_named_before_anything_is_started() {
     }
     let gone = QemuBinary {
         path: "/nonexistent/qemu".into(),
-        version: "7.2.22".into(),
+        version: Version::new(7, 2, 22),
     };
     let error = qemu::prepare_resume(&gone, &good, &log)
         .await
@@ -148,7 +149,7 @@ async fn what_is_missing_is_named_before_anything_is_started() {
     assert!(error.contains("/nonexistent/qemu"), "{error}");
     let other = QemuBinary {
         path: "/bin/ls".into(),
-        version: "7.2.22".into(),
+        version: Version::new(7, 2, 22),
     };
     let error = qemu::prepare_resume(&other, &good, &log)
         .await

@@ -79,11 +79,23 @@ pub struct Churned {
     pub damaged: u64,
 }
 
-/// What the guest's kernel itself says is free.
+/// The guest's pages are being looked at, over and over, until a line comes on standard input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watching {
+    /// Page frame numbers that the kernel tells of.
+    pub pages: u64,
+}
+
+/// What the guest's kernel itself said of its pages in all the looks. A page in neither list was in
+/// use in each of them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FreePages {
-    /// Runs of page frame numbers, sorted: the first and how many.
-    pub runs: Vec<(u64, u64)>,
-    /// `MemFree` of `/proc/meminfo`, in KiB.
+    /// Free in every look: runs of page frame numbers, sorted, the first and how many.
+    pub free: Vec<(u64, u64)>,
+    /// Free in some looks and not in others: runs, likewise.
+    pub changed: Vec<(u64, u64)>,
+    /// How often it looked.
+    pub looks: u64,
+    /// `MemFree` of `/proc/meminfo` after the first look, in KiB.
     pub mem_free_kib: u64,
 }

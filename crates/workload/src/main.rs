@@ -1,7 +1,7 @@
 //! The demo's workload. `torpor-workload run DIR CACHE_MIB FREED_MIB KEPT_MIB` does the work and
 //! then answers commands; `torpor-workload count FILE` is the process that goes on counting;
 //! `torpor-workload churn DIR` uses, frees and verifies memory until it is told to stop;
-//! `torpor-workload free-pages` says which pages the kernel calls free, each time it is asked.
+//! `torpor-workload free-pages` watches which pages the kernel calls free, until it is asked.
 
 mod churn;
 mod free_pages;

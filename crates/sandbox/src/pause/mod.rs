@@ -33,6 +33,7 @@
 //! Dropping the future of [`pause`] kills the sandbox and removes what was staged; only a commit
 //! that has begun is carried through in the background, and its build is whole.
 
+mod course;
 mod phases;
 pub mod report;
 

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use torpor_build::{BaseImage, BuildInfo, ImageKind, LayerSummary, PageRun, StagedBuild};
-use torpor_guest::{GuestError, ReclaimCaps, ReclaimReport, reclaim};
-use torpor_vmm::DrainReport;
+use torpor_guest::{GuestError, ReclaimCaps, reclaim};
 
+use super::course::{Course, THAW_MAX, ms};
 use super::report::{PauseReport, PauseStep, StepTime};
 use super::{Checkpointed, PauseFailure, PauseRequest, Paused};
 use crate::capture::{CapturedMemory, Changes};
@@ -20,7 +20,6 @@ use crate::host::Host;
 use crate::metrics;
 use crate::progress::StepGuard;
 use crate::sandbox::{Parent, Sandbox, SharedTracker, background, release};
-use crate::scan::{Permission, ScanReport};
 
 /// Longest wait for the user's processes to freeze. The freezer waits for system calls under way;
 /// a guest that needs longer is paused with those processes not frozen yet, which is right, only
@@ -37,73 +36,6 @@ const SCAN_MAX: Duration = Duration::from_millis(500);
 /// What a reclaim may take beyond the sum of its steps' caps: starting its shell, and the kernel
 /// write that is under way when a cap ends.
 const RECLAIM_OVERHEAD: Duration = Duration::from_millis(1500);
-/// Longest wait for the thaw when a pause is rolled back.
-const THAW_MAX: Duration = Duration::from_secs(5);
-
-/// What is known so far, and the sandbox that it is about.
-struct Course {
-    sandbox: Sandbox,
-    request: PauseRequest,
-    started: Instant,
-    steps: Vec<StepTime>,
-    frozen_at: Option<Instant>,
-    user_frozen: Duration,
-    reclaim: Option<ReclaimReport>,
-    drain: Option<DrainReport>,
-    drain_removes: Option<u64>,
-    /// Whether the stopped guest may be scanned; `None` where nobody wants it to be.
-    scan_permission: Option<Permission>,
-    scan: Option<ScanReport>,
-    guest_nonfree_bytes: Option<u64>,
-}
-
-impl Course {
-    /// Notes a step that began at `since`.
-    fn note(&mut self, step: PauseStep, since: Instant, skipped: Option<String>) {
-        if let Some(why) = &skipped {
-            tracing::info!(%step, %why, "not done");
-        }
-        let ms = ms(since.elapsed());
-        metrics::paused_step(step, ms);
-        self.steps.push(StepTime { step, ms, skipped });
-    }
-
-    /// The sandbox goes on as before: vCPUs, then the user's processes.
-    async fn roll_back(self, step: PauseStep, source: StepError) -> PauseFailure {
-        let last_build = self.sandbox.parent_id();
-        // A VMM that was killed because of a page died of the page, whatever step noticed it.
-        let source = match self.sandbox.pager_failure() {
-            Some(failure) => torpor_pager::PagerError::Failed(failure).into(),
-            None => source,
-        };
-        tracing::warn!(%step, error = %source, "the pause is rolled back");
-        let sandbox = self.sandbox;
-        if let Err(rollback) = sandbox.resume_vcpus().await {
-            return PauseFailure::Lost {
-                step,
-                source,
-                rollback: Some(rollback),
-                last_build,
-            };
-        }
-        let not_thawed = sandbox.thaw(THAW_MAX).await.err();
-        // A guest that does not answer because its VMM died meanwhile is lost all the same.
-        if not_thawed.is_some() && !sandbox.vmm().is_alive() {
-            return PauseFailure::Lost {
-                step,
-                source,
-                rollback: not_thawed,
-                last_build,
-            };
-        }
-        PauseFailure::StillRunning {
-            sandbox: Box::new(sandbox),
-            step,
-            source,
-            not_thawed,
-        }
-    }
-}
 
 /// What all reclaim steps may take together.
 fn sum_of(caps: ReclaimCaps) -> Duration {
@@ -114,10 +46,6 @@ fn sum_of(caps: ReclaimCaps) -> Duration {
         caps.fstrim_ms,
     ];
     Duration::from_millis(caps_ms.into_iter().map(u64::from).sum())
-}
-
-fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
 }
 
 fn begin_step(request: &PauseRequest, step: PauseStep) -> (StepGuard<'_>, Instant) {
@@ -147,20 +75,7 @@ pub(super) async fn begin(
             });
         }
     };
-    let mut course = Course {
-        sandbox,
-        request,
-        started,
-        steps: Vec::new(),
-        frozen_at: None,
-        user_frozen: Duration::ZERO,
-        reclaim: None,
-        drain: None,
-        drain_removes: None,
-        scan_permission: None,
-        scan: None,
-        guest_nonfree_bytes: None,
-    };
+    let mut course = Course::new(sandbox, request, started);
     if course.request.flags.free_page_scan {
         let permission = course.sandbox.scan_permission(host.storage()).await;
         course.scan_permission = Some(permission);
@@ -188,6 +103,7 @@ impl Running {
         if frozen.as_ref().err().is_none_or(GuestError::is_timeout) {
             course.frozen_at = Some(since);
         }
+        course.agent_answers = frozen.is_ok();
         course.note(
             PauseStep::FreezeUser,
             since,
@@ -234,10 +150,20 @@ impl Reclaimed {
         let ram_bytes = course.sandbox.spec().memory_bytes;
         course.guest_nonfree_bytes =
             (metrics.as_ref().ok()).map(|metrics| ram_bytes.saturating_sub(metrics.mem_free));
-        if let (Ok(metrics), Some(permission)) = (&metrics, &mut course.scan_permission)
-            && course.sandbox.is_another_boot(&metrics.boot_id)
-        {
-            *permission = Err("another kernel runs in the guest than at its start".to_owned());
+        if let Some(permission) = &mut course.scan_permission {
+            let why_not = match &metrics {
+                Ok(metrics) if course.sandbox.is_another_boot(&metrics.boot_id) => {
+                    Some("another kernel runs in the guest than at its start")
+                }
+                // One that has just frozen the guest is the one that was there all along.
+                Err(_) if !course.agent_answers => Some(
+                    "the agent does not answer, so nobody knows which kernel runs in the guest",
+                ),
+                _ => None,
+            };
+            if let Some(why_not) = why_not {
+                *permission = Err(why_not.to_owned());
+            }
         }
         let skipped = metrics.err().map(|error| error.to_string());
         course.note(PauseStep::CountFree, since, skipped);

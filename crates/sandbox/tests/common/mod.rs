@@ -115,6 +115,11 @@ async fn named_template(host: &Host, text: &str, network: bool) -> BuildId {
     paused.build.id()
 }
 
+/// Ends a guest's reporting. While it reports free pages, for some ten milliseconds at a time, it has up
+/// to 32 blocks of them out of its lists: a look saw 22,528 pages fewer than the next one.
+pub(crate) const UNBIND_BALLOON: &str =
+    "cd /sys/bus/virtio/drivers/virtio_balloon && basename virtio* > unbind";
+
 pub(crate) fn boot_request(template: &str) -> BootRequest {
     BootRequest {
         memory_bytes: GUEST_MEMORY_BYTES,

@@ -18,8 +18,9 @@ use torpor_sandbox::pause::report::{PauseReport, PauseStep};
 use torpor_sandbox::pause::{Paused, pause};
 use torpor_sandbox::progress::Progress;
 use torpor_sandbox::resume::{ResumeOptions, resume};
-use torpor_sandbox::vmm::{VmmKind, VmmOptions};
-use torpor_vmm::firecracker::{FirecrackerBinary, Version};
+use torpor_sandbox::vmm::{VmmBinary, VmmKind, VmmOptions};
+use torpor_vmm::Version;
+use torpor_vmm::firecracker::FirecrackerBinary;
 use torpor_vmm::{DrainOutcome, GuestReader};
 use torpor_workload::{CHECK_COMMAND, Check, Ready};
 
@@ -65,7 +66,13 @@ pub(crate) async fn host() -> Option<Host> {
         patience: Some(PATIENCE),
         ..HostOptions::default()
     };
-    Some(Host::open(options).await.unwrap())
+    let host = Host::open(options).await.unwrap();
+    let VmmBinary::Firecracker(program) = host.vmm() else {
+        panic!("{:?}", host.vmm());
+    };
+    let jailed = std::env::var_os("TORPOR_TEST_JAILED").is_some();
+    assert_eq!(program.jailer().is_ok(), jailed, "{:?}", program.jailer());
+    Some(host)
 }
 
 /// Whether a guest can be drained: a Firecracker before 1.14 knows no hinting, nor reporting. A test of
@@ -91,15 +98,15 @@ pub(crate) fn drained_whole(sandbox: &Sandbox) -> DrainOutcome {
     }
 }
 
-pub(crate) async fn boot_guest(host: &Host, template: &str, kernel_args: &str) -> Sandbox {
+pub(crate) async fn boot_guest(host: &Host, template: &str, memory_bytes: u64) -> Sandbox {
     let began = Instant::now();
     let request = BootRequest {
-        memory_bytes: GUEST_MEMORY_BYTES,
+        memory_bytes,
         disk_bytes: GUEST_DISK_BYTES,
         vcpus: 1,
         network: template == TEMPLATE,
         kernel: DEFAULT_KERNEL.to_owned(),
-        kernel_args: kernel_args.to_owned(),
+        kernel_args: String::new(),
         rootfs: None,
         template: Some(template.parse().unwrap()),
         progress: Progress::silent(),
@@ -115,7 +122,7 @@ pub(crate) async fn template(host: &Host) -> BuildId {
     if let Ok(id) = host.storage().resolve(name.as_str()) {
         return id;
     }
-    let sandbox = boot_guest(host, name.as_str(), "").await;
+    let sandbox = boot_guest(host, name.as_str(), GUEST_MEMORY_BYTES).await;
     let paused = paused_exactly(sandbox, host, PauseFlags::default()).await;
     let id = paused.build.id();
     host.storage().set_template(&name, &id).unwrap();
@@ -206,14 +213,24 @@ pub(crate) fn seen_at_capture(sandbox: &Sandbox) -> (Arc<Mutex<BTreeMap<u64, Dig
 /// Pauses, and compares the build with what the guest had when it stood still: every page that the
 /// host held and that the guest still uses, byte for byte.
 pub(crate) async fn paused_exactly(sandbox: Sandbox, host: &Host, flags: PauseFlags) -> Paused {
+    paused_and_seen(sandbox, host, flags).await.0
+}
+
+/// As [`paused_exactly`], with what the host held.
+pub(crate) async fn paused_and_seen(
+    sandbox: Sandbox,
+    host: &Host,
+    flags: PauseFlags,
+) -> (Paused, BTreeMap<u64, Digest>) {
     let (seen, progress) = seen_at_capture(&sandbox);
     let began = Instant::now();
     let paused = Box::pin(pause(sandbox, host, pause_request(flags, progress))).await;
     let paused = paused.unwrap();
     println!("paused and compared in {:?}", began.elapsed());
-    compare(&paused.build.memory().unwrap(), &seen.lock().unwrap());
+    let seen = std::mem::take(&mut *seen.lock().unwrap());
+    compare(&paused.build.memory().unwrap(), &seen);
     show(&paused.report);
-    paused
+    (paused, seen)
 }
 
 pub(crate) fn compare(image: &ImageReader, seen: &BTreeMap<u64, Digest>) {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::firecracker::api::{Api, ApiError};
-use crate::firecracker::binary::Version;
+use crate::version::Version;
 
 /// The first version whose balloon reports and hints.
 const FREE_PAGES_SINCE: Version = Version::new(1, 14, 0);
@@ -82,9 +82,11 @@ fn body_of(balloon: InstalledBalloon) -> serde_json::Value {
 /// The balloon without the field that was refused by name; `None` if it was something else.
 fn without_refused_field(balloon: InstalledBalloon, error: &ApiError) -> Option<InstalledBalloon> {
     let words = error.fault_message()?;
+    // Its name alone would not do: the refusal goes on with the fields that are known.
+    let refused = |field: &str| words.contains(&format!("unknown field `{field}`"));
     let less = InstalledBalloon {
-        reporting: balloon.reporting && !words.contains("free_page_reporting"),
-        hinting: balloon.hinting && !words.contains("free_page_hinting"),
+        reporting: balloon.reporting && !refused("free_page_reporting"),
+        hinting: balloon.hinting && !refused("free_page_hinting"),
     };
     (less != balloon).then_some(less)
 }

@@ -7,11 +7,15 @@
 //!
 //! A connection does not survive a snapshot, not even in the machine that goes on: Firecracker tells
 //! the guest so when it saves its state, by an event (TRANSPORT_RESET) on which the guest's kernel ends
-//! every connection that it has by then. The event has a queue of its own, and the guest may take in
-//! new connections from the other queue first: it ends those as well, without a word to the host.
-//! Firecracker holds new ones back until the event was acknowledged only from 1.16 on. So the carrier
-//! lets go before a state is taken, of a try as well as of a connection, connects when the vCPUs run
-//! again, and believes a connection only when the agent has greeted on it with one zero byte. What is to
+//! every connection that it has by then, without a word to the host. The event has a queue of its own,
+//! and the guest may take in new connections from the other queue first, which end with the others.
+//! Firecracker holds new ones back until the event was acknowledged only from 1.16 on. Before, this is
+//! what tells: the agent serves one host at a time, so it greets the next one (with one zero byte) only
+//! when the one before has ended. Ours is therefore not closed over a snapshot, but held, silent, until
+//! the next one was greeted on: the event alone can have ended it. So the carrier lets go before a state
+//! is taken, connects when the vCPUs run again, and believes a connection only when it was greeted. (A try
+//! that a state meets is closed, and the next greeting proves less; whoever pauses a guest talks to its
+//! agent first, on a connection that was greeted.) What is to
 //! be said waits in the socket pair meanwhile. When the guest's side ends by itself, it is connected to
 //! again as well: bytes that were under way are lost then, and who misses an answer must open the
 //! channel anew.
@@ -65,7 +69,7 @@ impl Carrier {
         self.reachable.send_replace(true);
     }
 
-    /// It cannot any more. When what this returns is over, the connection is closed, and none is tried
+    /// It cannot any more. When what this returns is over, nothing is carried, and no connection tried
     /// for: even if [`Carrier::reach`] follows at once.
     pub(super) fn let_go(&self) -> impl Future<Output = ()> + Send + 'static {
         self.reachable.send_replace(false);
@@ -110,6 +114,8 @@ async fn carry(
 ) {
     let (mut from_us, mut to_us) = theirs.split();
     tokio::pin!(ended);
+    // The connection of before the last state.
+    let mut held = None;
     loop {
         busy.send_replace(false);
         // Later its end shows by the connection, after all that it said.
@@ -125,7 +131,7 @@ async fn carry(
             // Looked at before the first try: whoever said it in between has seen us idle.
             biased;
             _ = reachable.wait_for(|reachable| !*reachable) => continue,
-            connected = connect(&vsock) => connected,
+            connected = connect(&vsock, &mut held) => connected,
         };
         let Some(mut guest) = connected else {
             return;
@@ -138,21 +144,30 @@ async fn carry(
             ended = copy(&mut from_guest, &mut to_us) => {
                 tracing::debug!(?ended, "the guest's end of the agent's channel is closed");
             }
-            _ = reachable.wait_for(|reachable| !*reachable) => {}
+            _ = reachable.wait_for(|reachable| !*reachable) => held = Some(guest),
         }
     }
 }
 
 /// Until it works: whoever waits for the agent has a deadline, and ends this task. `None`: the socket
 /// is there and nobody behind it, so Firecracker has ended.
-async fn connect(vsock: &Path) -> Option<UnixStream> {
+///
+/// `held` is closed when the agent has greeted; or has not in time, since it may still serve that one: a
+/// state that was to be taken, and was not, ends no connection.
+async fn connect(vsock: &Path, held: &mut Option<UnixStream>) -> Option<UnixStream> {
     let mut patience = GREETING_PATIENCE_FIRST;
     loop {
         match timeout(TRY_DEADLINE, try_connect(vsock)).await {
             Ok(Ok(mut stream)) => match timeout(patience, be_greeted(&mut stream)).await {
-                Ok(Ok(())) => return Some(stream),
+                Ok(Ok(())) => {
+                    *held = None;
+                    return Some(stream);
+                }
                 Ok(Err(_)) => {}
-                Err(_) => patience = longer(patience),
+                Err(_) => {
+                    *held = None;
+                    patience = longer(patience);
+                }
             },
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => return None,
             Ok(Err(_)) | Err(_) => {}
@@ -207,24 +222,20 @@ mod tests {
         ours.write_all(b"said early\n").await.unwrap();
 
         let listener = UnixListener::bind(&path).unwrap();
-        for refused in [true, true, false] {
-            let mut stream = accept(&listener).await;
-            if refused {
-                continue;
-            }
-            stream.write_all(b"OK 1073741824\n\0hello\n").await.unwrap();
-            let mut line = String::new();
-            stream.read_line(&mut line).await.unwrap();
-            assert_eq!(line, "said early\n");
-            let mut heard = [0; 6];
-            ours.read_exact(&mut heard).await.unwrap();
-            assert_eq!(&heard, b"hello\n");
-
-            // A snapshot: what is said now is for the next connection.
-            carrier.let_go().await;
-            line.clear();
-            assert_eq!(stream.read_line(&mut line).await.unwrap(), 0);
+        for _refused in 0..2 {
+            drop(accept(&listener).await);
         }
+        let mut before = accept(&listener).await;
+        before.write_all(b"OK 1073741824\n\0hello\n").await.unwrap();
+        let mut line = String::new();
+        before.read_line(&mut line).await.unwrap();
+        assert_eq!(line, "said early\n");
+        let mut heard = [0; 6];
+        ours.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"hello\n");
+
+        // A snapshot: what is said now is for the next connection.
+        carrier.let_go().await;
         ours.write_all(b"said meanwhile\n").await.unwrap();
         carrier.reach();
         // One that dies without a word is not believed.
@@ -232,13 +243,46 @@ mod tests {
         silent.write_all(b"OK 1073741824\n").await.unwrap();
         let mut stream = accept(&listener).await;
         stream.write_all(b"OK 1073741825\n\0").await.unwrap();
-        let mut line = String::new();
+        line.clear();
         stream.read_line(&mut line).await.unwrap();
         assert_eq!(line, "said meanwhile\n");
+        line.clear();
+        assert_eq!(before.read_line(&mut line).await.unwrap(), 0);
 
         drop(ours);
         line.clear();
         assert_eq!(stream.read_line(&mut line).await.unwrap(), 0);
+    }
+
+    /// The agent serves one host at a time, so that only the event can make it turn to the next.
+    #[tokio::test]
+    async fn a_connection_is_held_over_a_snapshot_until_the_next_one_is_greeted_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (mut ours, carrier) = open(path, true, pending()).unwrap();
+        let mut before = accept(&listener).await;
+        before.write_all(b"OK 1073741824\n\0new\n").await.unwrap();
+        let mut heard = [0; 4];
+        ours.read_exact(&mut heard).await.unwrap();
+        for number in 0..3 {
+            carrier.let_go().await;
+            carrier.reach();
+            let mut next = accept(&listener).await;
+            next.write_all(b"OK 1073741825\n").await.unwrap();
+            let mut byte = [0];
+            let ended = timeout(Duration::from_millis(50), before.read(&mut byte)).await;
+            assert!(ended.is_err(), "{number}: {ended:?}");
+            // What the guest says before it hears of the event is for nobody.
+            before.write_all(b"late\n").await.unwrap();
+            next.write_all(b"\0new\n").await.unwrap();
+            ours.read_exact(&mut heard).await.unwrap();
+            assert_eq!(&heard, b"new\n");
+            // Closed; by a reset, since "late" was not read.
+            let ended = before.read(&mut byte).await;
+            assert!(matches!(ended, Ok(0) | Err(_)), "{number}: {ended:?}");
+            before = next;
+        }
     }
 
     #[tokio::test]

@@ -25,6 +25,7 @@ use crate::error::{Result, VmmError};
 use crate::firecracker::network::CARD;
 use crate::machine::{BootSource, GUEST_MAC, MachineConfig, join_command_line};
 use crate::memory::RamSegment;
+use crate::version::Version;
 
 /// Names in a machine's directory.
 pub(super) mod names {
@@ -44,13 +45,18 @@ pub const AGENT_VSOCK_PORT: u32 = 1024;
 /// The guest's address on its vsock; 0 to 2 are reserved. Each Firecracker has a vsock of its own,
 /// so that all guests may have the same.
 const GUEST_CID: u32 = 3;
-/// RAM below 4 GiB ends here (`MMIO32_MEM_START`, arch/x86_64/layout.rs).
+/// RAM below 4 GiB ends here (`MMIO32_MEM_START`, arch/x86_64/layout.rs), …
 const BELOW_4G_END: u64 = 3 << 30;
+/// … before 1.13 here (`MMIO_MEM_START`, arch/x86_64/mod.rs).
+const BELOW_4G_END_BEFORE_1_13: u64 = 3328 << 20;
 const ABOVE_4G_START: u64 = 4 << 30;
 /// The next hole begins here (`MMIO64_MEM_START`, since 1.12): a guest does not reach it.
 const NEXT_HOLE_START: u64 = 256 << 30;
 /// The most vCPUs (`MAX_SUPPORTED_VCPUS`).
 const VCPUS_MAX: u32 = 32;
+
+/// What parts the kernel's words from those of the first process, more or less.
+const FOR_INIT: &str = " --";
 
 /// Standard error, where there is a /proc.
 pub(super) const STANDARD_ERROR: &str = "/proc/self/fd/2";
@@ -75,7 +81,7 @@ pub(super) fn requests(
 ) -> Result<Vec<(&'static str, Value)>> {
     let mut source = json!({
         "kernel_image_path": names::KERNEL,
-        "boot_args": kernel_command_line(machine, boot)?,
+        "boot_args": kernel_command_line(boot)?,
     });
     if boot.initramfs.is_some() {
         source["initrd_path"] = names::INITRAMFS.into();
@@ -136,7 +142,7 @@ pub(super) fn check(machine: &MachineConfig) -> Result<()> {
 ///
 /// # Errors
 /// It is longer than the kernel reads, or holds a line break.
-pub fn kernel_command_line(_machine: &MachineConfig, boot: &BootSource) -> Result<String> {
+pub fn kernel_command_line(boot: &BootSource) -> Result<String> {
     let words = [
         "console=ttyS0",
         // A guest that panics reboots at once, by the keyboard controller, which ends Firecracker.
@@ -146,6 +152,11 @@ pub fn kernel_command_line(_machine: &MachineConfig, boot: &BootSource) -> Resul
         "i8042.noaux",
         "i8042.nomux",
         "i8042.dumbkbd",
+        // A resume sets its clocks one after the other. Whoever compares them takes the time between for
+        // a counter that drifts, says so at length, and may give up a good clock for another.
+        "tsc=nowatchdog",
+        // Each character is an exit. What is wrong is told; the rest is in the guest's own log.
+        "loglevel=5",
         // Free pages are reported down to single ones (the default is 2 MiB), …
         "page_reporting.page_reporting_order=0",
         // … and the guest does not touch pages just to hand them out: hinting allocates each.
@@ -154,18 +165,30 @@ pub fn kernel_command_line(_machine: &MachineConfig, boot: &BootSource) -> Resul
     join_command_line(&words, &boot.extra_cmdline)
 }
 
+/// The beginning of a command line that stands in the guest's memory in one piece: Firecracker puts words
+/// of its own (`virtio_mmio.device=…`) before those that are for the first process.
+pub(super) fn unbroken(command_line: &str) -> &str {
+    let kernels = command_line.split_once(FOR_INIT);
+    kernels.map_or(command_line, |(kernels, _)| kernels.trim_end())
+}
+
 /// The RAM of a machine with this much memory, by address.
-pub(super) fn ram_layout(memory_bytes: u64) -> Vec<RamSegment> {
+pub(super) fn ram_layout(version: Version, memory_bytes: u64) -> Vec<RamSegment> {
+    let below_4g_end = if version < Version::new(1, 13, 0) {
+        BELOW_4G_END_BEFORE_1_13
+    } else {
+        BELOW_4G_END
+    };
     let mut segments = vec![RamSegment {
         guest_addr: 0,
-        len_bytes: memory_bytes.min(BELOW_4G_END),
+        len_bytes: memory_bytes.min(below_4g_end),
         guest_offset_bytes: 0,
     }];
-    if memory_bytes > BELOW_4G_END {
+    if memory_bytes > below_4g_end {
         segments.push(RamSegment {
             guest_addr: ABOVE_4G_START,
-            len_bytes: memory_bytes - BELOW_4G_END,
-            guest_offset_bytes: BELOW_4G_END,
+            len_bytes: memory_bytes - below_4g_end,
+            guest_offset_bytes: below_4g_end,
         });
     }
     segments
@@ -194,6 +217,14 @@ mod tests {
             initramfs: None,
             extra_cmdline: "quiet".into(),
         }
+    }
+
+    #[test]
+    fn what_is_for_the_first_process_is_not_looked_for_where_firecracker_breaks_the_line() {
+        for broken in ["a b -- sh -c", "a b --", "a b   -- c", "a b --c"] {
+            assert_eq!(unbroken(broken), "a b");
+        }
+        assert_eq!(unbroken("a=--b c"), "a=--b c");
     }
 
     #[test]
@@ -230,8 +261,14 @@ mod tests {
                 guest_offset_bytes: 3 << 30,
             },
         ];
-        assert_eq!(ram_layout(4 << 30), expected);
-        assert_eq!(ram_layout(256 << 20).len(), 1);
+        let newest = Version::new(1, 16, 1);
+        assert_eq!(ram_layout(newest, 4 << 30), expected);
+        assert_eq!(ram_layout(newest, 256 << 20).len(), 1);
+        let [below, above] = &ram_layout(Version::new(1, 12, 1), 4 << 30)[..] else {
+            panic!("two regions");
+        };
+        assert_eq!(below.len_bytes, 3328 << 20);
+        assert_eq!((above.guest_addr, above.len_bytes), (4 << 30, 768 << 20));
     }
 
     #[test]

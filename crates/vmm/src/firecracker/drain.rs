@@ -33,7 +33,7 @@ use crate::firecracker::api::{Api, ApiError};
 use crate::firecracker::balloon::{
     HOST_CMD_DONE, HOST_CMD_STOP, HintingRefusal, HintingStatus, knows_free_pages,
 };
-use crate::firecracker::binary::Version;
+use crate::version::Version;
 use crate::vmm::{DiscardedBytes, DrainOutcome, DrainReport};
 
 /// The first wait between two looks: a small guest is through in some milliseconds.
@@ -58,8 +58,9 @@ async fn ask(held: &HeldBytes) -> u64 {
         })
 }
 
-/// Drains for at most `ceiling`, and the two seconds that stopping an unfinished run may take.
-/// Never fatal. After a future that is dropped half way a run goes on until the next start or stop.
+/// Drains for at most `ceiling`, and the two seconds that stopping an unfinished run may take; both
+/// without the looks at what the guest holds, before and after, which a large guest's page map makes
+/// long. Never fatal. After a future that is dropped half way a run goes on until the next start or stop.
 pub async fn drain_balloon(
     api: &Api,
     version: Version,
@@ -67,9 +68,9 @@ pub async fn drain_balloon(
     held: HeldBytes,
     discarded: Option<DiscardedBytes<'_>>,
 ) -> DrainReport {
-    let started = Instant::now();
     let held_before = ask(&held).await;
     let discarded_before = discarded.map(|count| count());
+    let started = Instant::now();
     let outcome = if ceiling.is_zero() {
         DrainOutcome::Skipped
     } else if !knows_free_pages(version) {
@@ -77,6 +78,7 @@ pub async fn drain_balloon(
     } else {
         run(api, started + ceiling).await
     };
+    let took = started.elapsed();
     let held_bytes = ask(&held).await;
     // A guest that holds nothing is gone, and has given nothing back.
     let fallen = match held_bytes {
@@ -89,7 +91,7 @@ pub async fn drain_balloon(
         .map(|(now, before)| now.saturating_sub(before));
     DrainReport {
         outcome,
-        ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+        ms: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
         released_bytes: fallen,
         held_bytes,
         discarded_bytes,

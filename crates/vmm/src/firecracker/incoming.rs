@@ -33,8 +33,7 @@ use crate::vmm::{Vmm, VmmExit};
 pub struct IncomingFirecracker {
     instance: Instance,
     socket: HandshakeSocket,
-    /// The load, once it was asked for. It ends with this: its socket's descriptor is closed then, and
-    /// the number may be another machine's next.
+    /// The load, once it was asked for. It ends with this.
     load: JoinSet<std::result::Result<(), ApiError>>,
     mappings: Vec<MemoryMapping>,
 }
@@ -91,8 +90,12 @@ impl IncomingFirecracker {
             "resume_vm": false,
         });
         let deadlines = self.instance.deadlines;
-        self.load
-            .spawn(async move { api.put("/snapshot/load", &body, deadlines.load).await });
+        // The load keeps its socket: once that is closed, its number may be another machine's.
+        let socket = self.instance.api_socket.clone();
+        self.load.spawn(async move {
+            let _socket = socket;
+            api.put("/snapshot/load", &body, deadlines.load).await
+        });
         let received = self.socket.receive(
             self.instance.process.pid(),
             self.instance.memory_bytes,
@@ -150,7 +153,8 @@ impl IncomingFirecracker {
         if let Err(error) = dir.remove("device state", names::STATE).await {
             tracing::debug!("the loaded device state stays behind: {error}");
         }
-        self.instance.open_agent_channel(false)?;
+        self.instance
+            .open_agent_channel(self.instance.hold_vsock()?, false)?;
         Ok(Box::new(FirecrackerVm::loaded(
             self.instance,
             self.mappings,

@@ -31,7 +31,7 @@ use crate::confinement::Confinement;
 use crate::console::ConsoleLog;
 use crate::error::{Result, VmmError};
 use crate::firecracker::api::{Api, ApiError};
-use crate::firecracker::binary::{Deadlines, FirecrackerBinary, Version};
+use crate::firecracker::binary::{Deadlines, FirecrackerBinary};
 use crate::firecracker::channel::{self, Carrier};
 use crate::firecracker::config::{self, names};
 use crate::firecracker::jail::{Furnishing, Jail};
@@ -39,10 +39,16 @@ use crate::firecracker::network::{Network, Programs};
 use crate::host::check_room;
 use crate::machine::{BootSource, MachineConfig, VmmIdentity};
 use crate::process::{Process, Spawn};
+use crate::version::Version;
 use crate::vmm::VmmExit;
 
 /// How often a Firecracker that has just been started is tried.
 const API_LOOK_INTERVAL: Duration = Duration::from_millis(2);
+/// The next step with one that lives and opens no API, …
+const MAKE_ROOM: &str = "if the host is overloaded, end or pause other sandboxes";
+/// … and with one whose jailer may be what hangs.
+const TRY_WITHOUT_JAIL: &str =
+    "if the host is overloaded, end or pause other sandboxes; --no-jailer leaves the jailer out";
 
 /// A machine's own directory: the one that its Firecracker works in, or sees alone. Its sockets are
 /// reached by the descriptor: a socket's path may have 107 bytes only, and a storage may lie deeper.
@@ -227,7 +233,7 @@ impl Start {
             furnishing.give(role, path, name)?;
         }
         let dir_within = MachineDir::open(furnishing.root(), Some(jail))?;
-        let (args, confinement) = furnishing.finish(binary, dir)?;
+        let (args, confinement) = furnishing.finish(dir)?;
         Ok(Self {
             program: jail.jailer.clone(),
             args,
@@ -256,7 +262,7 @@ pub(super) struct Instance {
     pub(super) dir: MachineDir,
     pub(super) api: Api,
     /// What `api` connects to.
-    _api_socket: Option<HeldSocket>,
+    pub(super) api_socket: Option<HeldSocket>,
     agent: Mutex<Option<UnixStream>>,
     carrier: Mutex<Option<Carrier>>,
     _network: Option<Network>,
@@ -314,22 +320,22 @@ impl Instance {
             memory_bytes: machine.memory_bytes,
             dir: start.dir,
             api,
-            _api_socket: None,
+            api_socket: None,
             agent: Mutex::new(None),
             carrier: Mutex::new(None),
             _network: network,
         };
-        instance.wait_for_api().await?;
+        instance.wait_for_api(binary.jail.is_some()).await?;
         let socket = instance.dir.hold_socket(names::API_SOCKET)?;
         instance.api = Api::at(&socket.path());
-        instance._api_socket = Some(socket);
+        instance.api_socket = Some(socket);
         if binary.jail.is_some() {
             instance.process.die_with_us()?;
         }
         Ok(instance)
     }
 
-    async fn wait_for_api(&self) -> Result<()> {
+    async fn wait_for_api(&self, jailed: bool) -> Result<()> {
         let deadline = Instant::now() + self.deadlines.api_up;
         loop {
             let version = self.api.get::<Value>("/version", self.deadlines.request);
@@ -337,9 +343,14 @@ impl Instance {
                 Ok(_) => return Ok(()),
                 Err(ApiError::Connect { .. }) if Instant::now() < deadline => {}
                 Err(error) => {
-                    return Err(match self.last_words().await {
-                        Some(exit) => VmmError::Start { exit: exit.into() },
-                        None => error.into(),
+                    return Err(match (self.last_words().await, error) {
+                        (Some(exit), _) => VmmError::Start { exit: exit.into() },
+                        (None, ApiError::Connect { source, .. }) => VmmError::NotUp {
+                            deadline_ms: self.deadlines.api_up.as_millis(),
+                            source,
+                            next_step: if jailed { TRY_WITHOUT_JAIL } else { MAKE_ROOM },
+                        },
+                        (None, error) => error.into(),
                     });
                 }
             }
@@ -350,9 +361,13 @@ impl Instance {
         }
     }
 
+    /// The socket of the guest's vsock: to be taken while no guest has run yet.
+    pub(super) fn hold_vsock(&self) -> Result<HeldSocket> {
+        self.dir.hold_socket(names::VSOCK)
+    }
+
     /// Makes the channel to the guest's agent, and begins to try for it when the vCPUs run.
-    pub(super) fn open_agent_channel(&self, running: bool) -> Result<()> {
-        let vsock = self.dir.hold_socket(names::VSOCK)?;
+    pub(super) fn open_agent_channel(&self, vsock: HeldSocket, running: bool) -> Result<()> {
         let (path, ended) = (vsock.path(), self.process.ended());
         let ended = async move {
             ended.await;
@@ -376,8 +391,8 @@ impl Instance {
         }
     }
 
-    /// To be called before a state is taken, which ends the guest's connections: ours are closed when
-    /// this returns.
+    /// To be called before a state is taken, which ends the guest's connections: nothing is carried any
+    /// more when this returns.
     pub(super) async fn let_agent_go(&self) {
         let let_go = self.carrier().as_ref().map(Carrier::let_go);
         if let Some(let_go) = let_go {

@@ -15,7 +15,8 @@
 //! process-id namespace is ours and not by its `--new-pid-ns`, which would leave us with a process that
 //! has ended and one that is somebody else's child. When the jailer changes its user, the kernel forgets
 //! that the process is to die with us. So it is reminded, by a system call that we make it do, before it
-//! is given a machine. Until then, some milliseconds, a torpor that is killed leaves an idle Firecracker.
+//! is given a machine. Until then, some milliseconds, a torpor that is killed leaves an idle Firecracker;
+//! it ends, as does its cgroup, when what is left of its sandbox is swept ([`end_left_over`]).
 //!
 //! Root is needed. The writable disk is given to the jail's user; base image, kernel and initramfs stay
 //! whose they are, and must be readable by that user.
@@ -23,16 +24,17 @@
 use std::env;
 use std::ffi::{CString, OsString};
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, ErrorKind, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
+use uuid::Uuid;
 
-use crate::confinement::{BindMount, Cgroup, Confinement};
+use crate::confinement::{BindMount, Cgroup, Confinement, end_cgroup};
 use crate::error::{Result, VmmError};
 use crate::firecracker::binary::FirecrackerBinary;
 use crate::firecracker::config::{self, names};
@@ -44,6 +46,11 @@ const JAILER_NAME: &str = "jailer";
 const MACHINE_ID: &str = "vm";
 /// Under this name stand the cgroups of all jails.
 const CGROUP_PARENT: &str = "torpor";
+
+/// In a machine's directory: which cgroup it has.
+const CGROUP_RECORD: &str = "cgroup";
+/// A name and two numbers.
+const RECORD_BYTES_MAX: u64 = 128;
 
 /// The next step for who cannot have one.
 const WITHOUT_JAIL: &str = "--no-jailer runs Firecracker without a jail";
@@ -69,12 +76,9 @@ pub struct Jail {
 }
 
 impl Jail {
-    /// Finds the jailer: `explicit`, or beside the Firecracker, or in `PATH`. `None`: there is none.
+    /// Finds the jailer: beside the Firecracker, or in `PATH`. `None`: there is none.
     #[must_use]
-    pub fn find_jailer(explicit: Option<&Path>, firecracker: &Path) -> Option<PathBuf> {
-        if let Some(path) = explicit {
-            return path.is_file().then(|| path.to_owned());
-        }
+    pub fn find_jailer(firecracker: &Path) -> Option<PathBuf> {
         let beside = firecracker.with_file_name(JAILER_NAME);
         let search = env::var_os("PATH").unwrap_or_default();
         let in_path = env::split_paths(&search).map(|dir| dir.join(JAILER_NAME));
@@ -108,6 +112,9 @@ impl Jail {
 #[derive(Debug)]
 pub(super) struct Furnishing<'a> {
     jail: &'a Jail,
+    /// Firecracker's own file, not a link to it: the jailer follows links, and names the directory by
+    /// what it comes to.
+    program: PathBuf,
     root: PathBuf,
     mounts: Vec<BindMount>,
 }
@@ -115,11 +122,14 @@ pub(super) struct Furnishing<'a> {
 impl<'a> Furnishing<'a> {
     /// Makes the directory that the jailed one will see.
     pub(super) fn begin(jail: &'a Jail, binary: &FirecrackerBinary, dir: &Path) -> Result<Self> {
-        let program = binary.path.file_name().unwrap_or_default();
-        let root = dir.join(program).join(MACHINE_ID).join("root");
+        let program = fs::canonicalize(&binary.path)
+            .map_err(|e| file_error("firecracker binary", &binary.path, e))?;
+        let name = program.file_name().unwrap_or_default();
+        let root = dir.join(name).join(MACHINE_ID).join("root");
         fs::create_dir_all(&root).map_err(|e| file_error("jail", &root, e))?;
         Ok(Self {
             jail,
+            program,
             root,
             mounts: Vec::new(),
         })
@@ -173,18 +183,14 @@ impl<'a> Furnishing<'a> {
     }
 
     /// The jailer's arguments, and what it is to be started in.
-    pub(super) fn finish(
-        self,
-        binary: &FirecrackerBinary,
-        dir: &Path,
-    ) -> Result<(Vec<OsString>, Confinement)> {
+    pub(super) fn finish(self, dir: &Path) -> Result<(Vec<OsString>, Confinement)> {
         let log = self.root.join(names::LOG);
         let stderr = make_log(&log, self.jail).map_err(|e| file_error("jail's log", &log, e))?;
-        let (name, cgroup) = make_cgroup()?;
+        let (name, cgroup) = make_cgroup(dir)?;
         let mut arguments: Vec<OsString> = Vec::new();
         let mut add = |option: &str, value: OsString| arguments.extend([option.into(), value]);
         add("--id", MACHINE_ID.into());
-        add("--exec-file", binary.path.clone().into());
+        add("--exec-file", self.program.into());
         add("--uid", self.jail.uid.to_string().into());
         add("--gid", self.jail.gid.to_string().into());
         add("--chroot-base-dir", dir.into());
@@ -215,11 +221,60 @@ fn make_log(path: &Path, jail: &Jail) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((ours.into(), theirs.into()))
 }
 
-/// A name that we have given to nothing else.
+/// A name that nobody has given to anything.
 fn new_name() -> String {
-    static MADE: AtomicU64 = AtomicU64::new(0);
-    let number = MADE.fetch_add(1, Ordering::Relaxed);
-    format!("{}-{number}", std::process::id())
+    Uuid::new_v4().to_string()
+}
+
+/// Ends what a torpor that was killed has left of a jail in a machine's directory: its cgroup, and
+/// whatever still runs in it. The caller must be sure that nobody owns that machine any more. A
+/// directory without a record, of a machine that was not jailed, is none of ours.
+///
+/// # Errors
+/// The record is damaged, or something lives on after the deadline.
+pub fn end_left_over(dir: &Path, deadline: Instant) -> io::Result<()> {
+    let Some(name) = recorded(dir)? else {
+        return Ok(());
+    };
+    match cgroup2_of(&fs::read_to_string(MOUNTS)?) {
+        Some(hierarchy) => end_cgroup(&hierarchy.join(CGROUP_PARENT).join(name), deadline),
+        None => Err(io::Error::other("no cgroup2 is mounted")),
+    }
+}
+
+/// What is recorded of a machine in `dir` whose cgroup has this name. The directory's own identity
+/// belongs to it: a copy of a storage speaks of machines that are not its own.
+fn record(dir: &Path, name: &str) -> io::Result<String> {
+    let its = fs::metadata(dir)?;
+    Ok(format!("{name} {} {}", its.dev(), its.ino()))
+}
+
+/// The cgroup's name; `None` where there is no record, or another directory's.
+fn recorded(dir: &Path) -> io::Result<Option<String>> {
+    // A pipe is not waited for, a link not followed.
+    let opened = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(dir.join(CGROUP_RECORD));
+    let mut text = String::new();
+    match opened {
+        Ok(file) => file.take(RECORD_BYTES_MAX).read_to_string(&mut text)?,
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    // Written before there was a cgroup: whoever was killed over that made none.
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let name = text
+        .split(' ')
+        .next()
+        .and_then(|name| Uuid::try_parse(name).ok());
+    let name = name.ok_or_else(|| io::Error::other(format!("{text:?} names no cgroup")))?;
+    let name = name.to_string();
+    Ok((text == record(dir, &name)?).then_some(name))
 }
 
 /// Makes a directory and removes it.
@@ -232,9 +287,10 @@ fn can_make_dirs_in(dir: &Path) -> bool {
     made.is_ok()
 }
 
-/// A cgroup of its own, and its name below the hierarchy's root.
-fn make_cgroup() -> Result<(PathBuf, Cgroup)> {
-    let name = Path::new(CGROUP_PARENT).join(new_name());
+/// A cgroup of its own, and its name below the hierarchy's root. Where it is stands in the machine's
+/// directory from before it is made: see [`end_left_over`].
+fn make_cgroup(dir: &Path) -> Result<(PathBuf, Cgroup)> {
+    let name = new_name();
     let mounts = fs::read_to_string(MOUNTS).map_err(|source| VmmError::Host {
         what: "look for the cgroups",
         source,
@@ -248,6 +304,11 @@ fn make_cgroup() -> Result<(PathBuf, Cgroup)> {
             ),
         });
     };
+    let path = dir.join(CGROUP_RECORD);
+    record(dir, &name)
+        .and_then(|record| fs::write(&path, record))
+        .map_err(|error| file_error("jail's record", &path, error))?;
+    let name = Path::new(CGROUP_PARENT).join(name);
     let path = hierarchy.join(&name);
     let cgroup = Cgroup::create(path.clone()).map_err(|error| {
         let told = io::Error::new(error.kind(), format!("{error}; {WITHOUT_JAIL}"));
@@ -294,6 +355,8 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::firecracker::binary::Deadlines;
+    use crate::version::Version;
 
     #[test]
     fn the_version_2_hierarchy_is_found_wherever_it_is_mounted() {
@@ -317,6 +380,33 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::disallowed_methods, reason = "it need not be durable")]
+    fn a_record_speaks_of_the_directory_that_it_was_made_in_and_of_a_name_of_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let [machine, moved, copy] = ["machine", "moved", "copy"].map(|name| dir.path().join(name));
+        fs::create_dir(&machine).unwrap();
+        assert_eq!(recorded(&machine).unwrap(), None);
+        assert_eq!(recorded(&dir.path().join("none")).unwrap(), None);
+        let name = new_name();
+        fs::write(
+            machine.join(CGROUP_RECORD),
+            record(&machine, &name).unwrap(),
+        )
+        .unwrap();
+        fs::rename(&machine, &moved).unwrap();
+        assert_eq!(recorded(&moved).unwrap(), Some(name));
+        fs::create_dir(&copy).unwrap();
+        fs::copy(moved.join(CGROUP_RECORD), copy.join(CGROUP_RECORD)).unwrap();
+        assert_eq!(recorded(&copy).unwrap(), None);
+        fs::write(copy.join(CGROUP_RECORD), "").unwrap();
+        assert_eq!(recorded(&copy).unwrap(), None);
+        for damaged in ["..", "../other 1 2", "a 1 2"] {
+            fs::write(moved.join(CGROUP_RECORD), damaged).unwrap();
+            recorded(&moved).unwrap_err();
+        }
+    }
+
+    #[test]
     fn a_file_that_the_jails_user_cannot_read_is_refused_with_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
         let image = dir.path().join("base");
@@ -330,6 +420,7 @@ mod tests {
         };
         let mut furnishing = Furnishing {
             jail: &jail,
+            program: PathBuf::new(),
             root: dir.path().to_owned(),
             mounts: Vec::new(),
         };
@@ -339,6 +430,33 @@ mod tests {
             error.contains("base image") && error.contains("chmod o+r"),
             "{error}"
         );
+    }
+
+    /// As releases are installed: `firecracker` is a link to `firecracker-v1.16.1-x86_64`.
+    #[test]
+    fn the_jail_of_a_firecracker_that_is_reached_by_a_link_is_named_as_the_jailer_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let release = dir.path().join("firecracker-v1.16.1-x86_64");
+        File::create(&release).unwrap();
+        let link = dir.path().join("firecracker");
+        std::os::unix::fs::symlink(&release, &link).unwrap();
+        let jail = Jail {
+            jailer: "/usr/bin/jailer".into(),
+            uid: 1,
+            gid: 1,
+        };
+        let binary = FirecrackerBinary {
+            path: link,
+            version: Version::new(1, 16, 1),
+            release: "1.16.1".to_owned(),
+            jail: None,
+            deadlines: Deadlines::default(),
+        };
+        let machine = dir.path().join("machine");
+        let furnishing = Furnishing::begin(&jail, &binary, &machine).unwrap();
+        let root = machine.join("firecracker-v1.16.1-x86_64/vm/root");
+        assert_eq!(furnishing.root(), root);
+        assert_eq!(furnishing.program, release.canonicalize().unwrap());
     }
 
     #[test]
@@ -368,8 +486,6 @@ mod tests {
         let jailer = dir.path().join(JAILER_NAME);
         File::create(&jailer).unwrap();
         let firecracker = dir.path().join("firecracker");
-        assert_eq!(Jail::find_jailer(None, &firecracker), Some(jailer));
-        let missing = Path::new("/nonexistent/jailer");
-        assert_eq!(Jail::find_jailer(Some(missing), &firecracker), None);
+        assert_eq!(Jail::find_jailer(&firecracker), Some(jailer));
     }
 }

@@ -1,7 +1,7 @@
 //! Where a booted Firecracker has its guest's memory. (A resumed one says so itself.)
 //!
 //! It is private anonymous memory, mapped without a reservation of swap (`MAP_NORESERVE`, `nr` in
-//! /proc/PID/smaps). The kernel joins it with other such memory that happens to lie beside it (a
+//! /proc/PID/smaps; not on hosts with `vm.overcommit_memory=2`, where every mapping reserves). The kernel joins it with other such memory that happens to lie beside it (a
 //! heap of the C library's, seen with 0x21000 bytes), so the length alone does not find it. What
 //! does: Firecracker puts the kernel's command line at a fixed guest address, in the first MiB, which
 //! Linux reserves and leaves as it is. The command line is ours, and is looked for right after the
@@ -35,7 +35,7 @@ pub(super) fn locate(
     let text = fs::read_to_string(&path).map_err(|e| odd(format!("{path}: {e}")))?;
     let path = format!("/proc/{pid}/mem");
     let mem = File::open(&path).map_err(|e| odd(format!("{path}: {e}")))?;
-    let candidates = private_without_reserve(&text);
+    let candidates = candidates_in(&text);
     let mut mappings: Vec<MemoryMapping> = Vec::with_capacity(regions.len());
     let later_len = regions.iter().skip(1).map(|region| region.len_bytes).sum();
     for region in regions {
@@ -107,21 +107,27 @@ fn holds(mem: &File, host_addr: u64, text: &str) -> bool {
     mem.read_exact_at(&mut bytes, host_addr).is_ok() && bytes == text.as_bytes()
 }
 
-/// Address and length of the anonymous private mappings that reserve no swap.
-fn private_without_reserve(smaps: &str) -> Vec<(u64, u64)> {
-    let mut found = Vec::new();
+/// Address and length of the anonymous private mappings that reserve no swap; of all, where none is
+/// marked so.
+fn candidates_in(smaps: &str) -> Vec<(u64, u64)> {
+    let (mut without_reserve, mut all) = (Vec::new(), Vec::new());
     let mut current = None;
     for line in smaps.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
+            all.extend(current);
             if flags.split_whitespace().any(|flag| flag == "nr") {
-                found.extend(current);
+                without_reserve.extend(current);
             }
             current = None;
         } else if let Some(mapping) = anonymous_private(line) {
             current = Some(mapping);
         }
     }
-    found
+    if without_reserve.is_empty() {
+        all
+    } else {
+        without_reserve
+    }
 }
 
 /// `7f00-7fff rw-p 00000000 00:00 0` (proc_pid_maps(5)): no inode and no name.
@@ -155,10 +161,18 @@ VmFlags: rd wr mr mw me ac nr
 
     #[test]
     fn only_private_anonymous_memory_without_reserve_counts() {
-        assert_eq!(
-            private_without_reserve(SMAPS),
-            [(0x7f00_0000_0000, 0x1000_0000)]
-        );
+        assert_eq!(candidates_in(SMAPS), [(0x7f00_0000_0000, 0x1000_0000)]);
+    }
+
+    #[test]
+    fn where_all_memory_reserves_all_private_anonymous_memory_counts() {
+        let reserved = SMAPS.replace(" nr", "");
+        let found = candidates_in(&reserved);
+        let both = [
+            (0x7f00_0000_0000, 0x1000_0000),
+            (0x7f00_2000_0000, 0x1000_0000),
+        ];
+        assert_eq!(found, both);
     }
 
     #[test]

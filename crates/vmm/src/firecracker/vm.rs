@@ -14,7 +14,8 @@
 //! From 1.16 on, Firecracker delivers nothing to a guest's vsock after a `Resumed` until the guest has
 //! acknowledged such an event, whether there was one or not (`pending_event_ack`, devices/virtio/
 //! vsock/device.rs: `kick` shuts the gate at every resume; taken back in 1.17's development). So a
-//! machine whose vCPUs run is not told to resume, and one that was stopped without its state being
+//! machine whose vCPUs run is not told to resume (but for one whose stop is in doubt: it serves no device
+//! until it is, and is stopped once more for the state), and one that was stopped without its state being
 //! taken has it taken, for the event alone, before it goes on: else no byte would reach its agent again.
 
 use std::path::Path;
@@ -29,13 +30,14 @@ use tokio::net::UnixStream;
 use crate::error::{Result, VmmError};
 use crate::firecracker::api::ApiError;
 use crate::firecracker::balloon::{InstalledBalloon, install_balloon};
-use crate::firecracker::binary::{FirecrackerBinary, Version};
+use crate::firecracker::binary::FirecrackerBinary;
 use crate::firecracker::config::{self, names, ram_layout};
 use crate::firecracker::drain::drain_balloon;
 use crate::firecracker::instance::Instance;
 use crate::firecracker::memory::locate;
 use crate::machine::{BootSource, MachineConfig, VmmIdentity};
 use crate::memory::{GuestMemory, MemoryMapping, RamSegment};
+use crate::version::Version;
 use crate::vmm::{DiscardedBytes, DrainOutcome, DrainReport, Vmm, VmmExit};
 
 /// The largest device state. A small guest's has 20 to 40 KB.
@@ -62,6 +64,9 @@ pub(super) struct FirecrackerVm {
     reset_waits: AtomicBool,
     /// Whether the vCPUs were told to stand still since they were last known to run.
     stands_still: AtomicBool,
+    /// Whether Firecracker was told to stop them, and did not say that it has. It serves no device from
+    /// then on until it is told to let them go on, whatever became of the stop.
+    stop_in_doubt: AtomicBool,
 }
 
 /// Boots a machine in `dir`, an empty directory that is its alone. It runs when this returns;
@@ -90,21 +95,23 @@ pub async fn boot(
         instance.deadlines.request,
     );
     let balloon = instance.explain("install the balloon", balloon).await?;
+    let vsock = instance.hold_vsock()?;
     instance
         .put("/actions", &json!({ "action_type": "InstanceStart" }))
         .await?;
-    instance.open_agent_channel(true)?;
-    let command_line = config::kernel_command_line(machine, boot)?;
+    instance.open_agent_channel(vsock, true)?;
+    let command_line = config::kernel_command_line(boot)?;
     let mappings = locate(
         instance.process.pid(),
-        &ram_layout(instance.memory_bytes),
-        &command_line,
+        &ram_layout(binary.version, instance.memory_bytes),
+        config::unbroken(&command_line),
     )?;
     let vm = FirecrackerVm {
         instance,
         mappings,
         reset_waits: AtomicBool::new(false),
         stands_still: AtomicBool::new(false),
+        stop_in_doubt: AtomicBool::new(false),
     };
     Ok((Box::new(vm), balloon))
 }
@@ -117,6 +124,7 @@ impl FirecrackerVm {
             mappings,
             reset_waits: AtomicBool::new(true),
             stands_still: AtomicBool::new(true),
+            stop_in_doubt: AtomicBool::new(false),
         }
     }
 
@@ -150,6 +158,25 @@ impl FirecrackerVm {
             what: "save",
             reason,
         })
+    }
+
+    /// Has the vCPUs run. After a stop that is in doubt Firecracker goes on even if it refuses, or answers
+    /// too late: it takes late answers of its vCPUs to the stop for those to this, and will be one answer
+    /// behind for good.
+    async fn let_run(&self, stop_in_doubt: bool) -> Result<()> {
+        let refused = match self.instance.set_running(true).await {
+            Err(VmmError::Api {
+                source: source @ (ApiError::Refused { .. } | ApiError::Timeout { .. }),
+            }) if stop_in_doubt => source,
+            done => return done,
+        };
+        // It answers one request after the other: when it answers this, it has taken in the one before.
+        self.instance.state().await?;
+        tracing::warn!(
+            "the vCPUs did not stop in time, and go on ({refused}); this machine may never be paused again: \
+             take out what you need and end it"
+        );
+        Ok(())
     }
 
     /// Takes a state for the event that comes with it. Where it cannot be taken the guest goes on all
@@ -213,7 +240,7 @@ impl Vmm for FirecrackerVm {
     }
 
     fn ram(&self) -> Vec<RamSegment> {
-        ram_layout(self.instance.memory_bytes)
+        ram_layout(self.instance.version, self.instance.memory_bytes)
     }
 
     fn take_agent_channel(&self) -> Option<UnixStream> {
@@ -222,24 +249,36 @@ impl Vmm for FirecrackerVm {
 
     async fn stop_vcpus(&self) -> Result<()> {
         self.stands_still.store(true, Ordering::Relaxed);
-        self.instance.set_running(false).await
+        self.stop_in_doubt.store(true, Ordering::Relaxed);
+        self.instance.set_running(false).await?;
+        self.stop_in_doubt.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     async fn resume_vcpus(&self) -> Result<()> {
-        if self.instance.state().await? == RUNNING {
-            // It may have been told to, without our hearing of it.
-            self.stands_still.store(false, Ordering::Relaxed);
-            self.instance.reach_agent();
-            return Ok(());
-        }
         let gated = self.instance.version >= RESET_GATE_SINCE;
-        if gated && !self.reset_waits.load(Ordering::Relaxed) {
+        // It may run because it was told to, without our hearing of it, or because it did not stop.
+        let mut runs = self.instance.state().await? == RUNNING;
+        let in_doubt = self.stop_in_doubt.load(Ordering::Relaxed);
+        if runs && in_doubt && gated {
+            // The event that it needs comes with a state, which it gives only while it stands still.
+            if let Err(error) = self.instance.set_running(false).await {
+                tracing::warn!("the vCPUs do not stop: {error}");
+                runs = self.instance.state().await? == RUNNING;
+            } else {
+                runs = false;
+            }
+        }
+        if !runs && gated && !self.reset_waits.load(Ordering::Relaxed) {
             self.end_connections().await?;
         }
-        // Before it is asked: an answer that is lost must not leave an event behind that is the guest's
-        // already. One too many costs a state.
-        self.reset_waits.store(false, Ordering::Relaxed);
-        self.instance.set_running(true).await?;
+        if !runs || in_doubt {
+            // Before it is asked: an answer that is lost must not leave an event behind that is the
+            // guest's already. One too many costs a state.
+            self.reset_waits.store(false, Ordering::Relaxed);
+            self.let_run(in_doubt).await?;
+        }
+        self.stop_in_doubt.store(false, Ordering::Relaxed);
         self.stands_still.store(false, Ordering::Relaxed);
         self.instance.reach_agent();
         Ok(())

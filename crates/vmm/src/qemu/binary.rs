@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Result, VmmError};
 use crate::machine::{Accel, VmmIdentity};
 use crate::qemu::command_line::MACHINE_IDENTITY;
-use crate::version::ask_version;
+use crate::version::{Version, ask_version};
 
 /// The program's name on every distribution that we know.
 const BINARY_NAME: &str = "qemu-system-x86_64";
@@ -15,8 +15,8 @@ const BINARY_NAME: &str = "qemu-system-x86_64";
 pub struct QemuBinary {
     /// The program.
     pub path: PathBuf,
-    /// Its upstream version, as in `7.2.22`.
-    pub version: String,
+    /// Its upstream version.
+    pub version: Version,
 }
 
 impl QemuBinary {
@@ -44,9 +44,8 @@ impl QemuBinary {
             detail,
         };
         let text = ask_version(&path).map_err(|e| unusable(e.to_string()))?;
-        let version = parse_version(&text)
-            .ok_or_else(|| unusable(format!("it said {:?}", text.trim())))?
-            .to_owned();
+        let version =
+            parse_version(&text).ok_or_else(|| unusable(format!("it said {:?}", text.trim())))?;
         Ok(Self { path, version })
     }
 
@@ -55,7 +54,7 @@ impl QemuBinary {
     pub fn identity(&self, accel: Accel) -> VmmIdentity {
         VmmIdentity {
             name: "qemu".to_owned(),
-            version: self.version.clone(),
+            version: self.version.to_string(),
             machine: MACHINE_IDENTITY.to_owned(),
             accel,
         }
@@ -69,14 +68,14 @@ fn search_path() -> Option<PathBuf> {
 }
 
 /// `QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)`
-fn parse_version(text: &str) -> Option<&str> {
-    let version = text
+fn parse_version(text: &str) -> Option<Version> {
+    let spelled = text
         .split_once("QEMU emulator version ")?
         .1
         .split_whitespace()
         .next()?;
-    let numbers = version.split('.').all(|part| part.parse::<u32>().is_ok());
-    (numbers && version.contains('.')).then_some(version)
+    // An identity records it: what `Version` leaves out (`-rc1`) would hide that two differ.
+    Version::parse(spelled).filter(|version| version.to_string() == spelled)
 }
 
 #[cfg(test)]
@@ -86,11 +85,14 @@ mod tests {
     #[test]
     fn the_version_is_the_upstream_one() {
         let debian12 = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright";
-        assert_eq!(parse_version(debian12), Some("7.2.22"));
+        assert_eq!(parse_version(debian12), Some(Version::new(7, 2, 22)));
         let debian13 = "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2+deb13u1)\n";
-        assert_eq!(parse_version(debian13), Some("10.0.2"));
+        assert_eq!(parse_version(debian13), Some(Version::new(10, 0, 2)));
         assert_eq!(parse_version("Python 3.11.2"), None);
-        assert_eq!(parse_version("QEMU emulator version x"), None);
+        for wrong in ["x", "10.0.2-rc1", "v10.0.2", "10.0"] {
+            let text = format!("QEMU emulator version {wrong}");
+            assert_eq!(parse_version(&text), None, "{wrong}");
+        }
     }
 
     #[test]
@@ -116,7 +118,10 @@ mod tests {
     #[test]
     fn the_distributions_qemu_is_found() {
         let found = QemuBinary::find(None).unwrap();
-        assert!(found.version.starts_with(|c: char| c.is_ascii_digit()));
-        assert_eq!(found.identity(Accel::Tcg).version, found.version);
+        assert!(found.version >= Version::new(1, 0, 0));
+        assert_eq!(
+            found.identity(Accel::Tcg).version,
+            found.version.to_string()
+        );
     }
 }

@@ -57,7 +57,7 @@ impl Instance {
         machine.check()?;
         check_files(machine, start)?;
         check_room(machine.memory_bytes)?;
-        let args = arguments(machine, start)?;
+        let args = arguments(binary.version, machine, start)?;
         let console_log = ConsoleLog::create(console_log)?;
         let memfd = create_memfd(machine.memory_bytes)?;
         let (qmp, qmp_theirs) = socketpair()?;

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use serde_json::json;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use torpor_vmm::firecracker::Version;
+use torpor_vmm::Version;
 use torpor_vmm::{DrainOutcome, Vmm, VmmError};
 
 use crate::stand_in::{Fault, HandOver, LAST_WORDS, StandIn};
@@ -106,6 +106,39 @@ async fn a_machine_that_went_on_without_saying_so_is_reached_and_stopped_as_any_
     vm.resume_vcpus().await.unwrap();
     assert_eq!(stand_in.state().wrongs, [""; 0]);
     assert!(stand_in.agent_is_tried_for().await);
+}
+
+/// Firecracker serves no device from any request to stop on, refused or not, until one to go on.
+#[tokio::test]
+async fn a_machine_that_refused_to_stop_serves_its_devices_and_its_agent_again() {
+    let releases = [
+        ("1.15.1", Version::new(1, 15, 1)),
+        ("1.16.1", Version::new(1, 16, 1)),
+    ];
+    for (release, version) in releases {
+        let stand_in = StandIn::of(release, version);
+        let (vm, _) = boot(&stand_in).await.unwrap();
+        let then = [None, Some(Fault::RefuseOddly), Some(Fault::Unanswered)];
+        for (number, fault) in then.into_iter().enumerate() {
+            // The next stop, and what follows upon it.
+            stand_in.state().break_next(0, Fault::RefuseOddly);
+            vm.stop_vcpus().await.unwrap_err();
+            stand_in.state().nothing_breaks();
+            assert!(stand_in.state().devices_stand);
+            if let Some(fault) = fault {
+                // As over a late answer of a vCPU: going on, or the second stop before it.
+                stand_in.state().break_next(1, fault);
+            }
+            vm.resume_vcpus().await.unwrap();
+            stand_in.state().nothing_breaks();
+            assert_eq!(stand_in.state().state, "Running");
+            assert!(!stand_in.state().devices_stand, "{release}, {number}");
+            assert!(stand_in.agent_is_tried_for().await);
+        }
+        vm.stop_vcpus().await.unwrap();
+        vm.resume_vcpus().await.unwrap();
+        assert_eq!(stand_in.state().wrongs, [""; 0], "{release}");
+    }
 }
 
 #[tokio::test]
@@ -232,7 +265,10 @@ async fn take(step: Step, vm: &dyn Vmm, stand_in: &StandIn) -> bool {
     match (&done, fault) {
         (Ok(state_bytes), _) => match step {
             Step::Stop => assert_eq!(state.state, "Paused"),
-            Step::Resume => assert_eq!(state.state, "Running"),
+            Step::Resume => {
+                assert_eq!(state.state, "Running");
+                assert!(!state.devices_stand, "its devices stand still");
+            }
             Step::Save => {
                 assert_eq!(state.state, "Paused");
                 assert_eq!(state_bytes.as_ref(), Some(&state.saved_bytes()));
@@ -274,6 +310,7 @@ async fn live(life: Life) {
         // Whatever went wrong, it can go on, and its agent is reached.
         vm.resume_vcpus().await.unwrap();
         assert_eq!(stand_in.state().state, "Running");
+        assert!(!stand_in.state().devices_stand);
         assert!(stand_in.agent_is_tried_for().await);
         assert_eq!(stand_in.state().wrongs, [""; 0]);
     } else {

@@ -50,7 +50,7 @@ async fn resume(stand_in: &StandIn) -> Result<Box<dyn Vmm>> {
 /// The requests of a boot, as the real one's documentation has them.
 fn requests_of_a_boot() -> Vec<(String, Value)> {
     let command_line = "console=ttyS0 panic=-1 reboot=k i8042.noaux i8042.nomux i8042.dumbkbd \
-                        page_reporting.page_reporting_order=0 init_on_alloc=0 torpor.test=stand-in";
+                        tsc=nowatchdog loglevel=5 page_reporting.page_reporting_order=0 init_on_alloc=0 torpor.test=stand-in";
     let drive = |id: &str, path: &str, read_only: bool| {
         json!({ "drive_id": id, "path_on_host": path, "is_root_device": false,
             "is_read_only": read_only, "cache_type": "Unsafe" })
@@ -103,6 +103,21 @@ async fn a_boot_asks_for_each_part_of_the_machine_and_then_starts_it() {
     assert_eq!(memory.mappings[0].host_addr, stand_in.state().host_addr);
     assert!(stand_in.agent_is_tried_for().await);
     drop(vm);
+    stand_in.is_left_behind_by_nobody().await;
+}
+
+#[tokio::test]
+async fn a_firecracker_that_opens_no_api_is_an_error_with_a_next_step() {
+    let stand_in = StandIn::new();
+    std::fs::remove_file(stand_in.dir().join("api.sock")).unwrap();
+    let error = boot(&stand_in).await.err().unwrap().to_string();
+    assert!(error.contains("did not open its API within"), "{error}");
+    assert!(
+        error.contains("overloaded") && !error.contains("jail"),
+        "{error}"
+    );
+    // It was there, and said its number, which nobody read.
+    stand_in.state().wait_for_process();
     stand_in.is_left_behind_by_nobody().await;
 }
 
@@ -183,7 +198,8 @@ async fn a_boot_that_goes_wrong_at_any_request_ends_there_and_leaves_nothing_beh
 
 #[tokio::test]
 async fn a_machine_is_booted_without_what_its_balloon_does_not_know() {
-    const UNKNOWN: &str = "unknown field `free_page_reporting`, expected one of `amount_mib`";
+    const UNKNOWN: &str = "unknown field `free_page_reporting`, expected one of `amount_mib`, \
+                           `free_page_hinting`";
     let stand_in = StandIn::with(Some((7, Fault::Refuse(UNKNOWN))), HandOver::Well);
     let (vm, balloon) = boot(&stand_in).await.unwrap();
     assert!(balloon.hinting && !balloon.reporting);

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use torpor_vmm::firecracker::{Deadlines, FirecrackerBinary, Version, kernel_command_line};
-use torpor_vmm::{Accel, BootSource, MachineConfig};
+use torpor_vmm::firecracker::{Deadlines, FirecrackerBinary, kernel_command_line};
+use torpor_vmm::{Accel, BootSource, MachineConfig, Version};
 
 use crate::firecracker_peer::{Answer, Peer, refusal};
 
@@ -134,6 +134,10 @@ pub(crate) struct State {
     pub(crate) runs: u32,
     /// The guest will be told that its connections are over.
     pub(crate) reset_waits: bool,
+    /// It was told to stop, and did not say that it has.
+    stop_in_doubt: bool,
+    /// It serves no device: from any request to stop on, carried out or refused, to any to go on.
+    pub(crate) devices_stand: bool,
     pub(crate) wrongs: Vec<String>,
 }
 
@@ -165,6 +169,9 @@ impl State {
         let fault = self.faults.get(&self.asked).copied();
         self.asked += 1;
         self.met.extend(fault);
+        if request == "PATCH /vm" {
+            self.note_switch(body, fault);
+        }
         match fault {
             None => self.carry_out(request, body),
             Some(Fault::Late) => {
@@ -245,11 +252,27 @@ impl State {
         }
     }
 
+    /// What a request to stop or to go on brings about whatever it is answered.
+    fn note_switch(&mut self, body: &Value, fault: Option<Fault>) {
+        let arrives = !matches!(
+            fault,
+            Some(Fault::Lost | Fault::CloseAtOnce | Fault::Garbage)
+        );
+        let stops = body["state"] == "Paused";
+        if stops {
+            self.stop_in_doubt = fault.is_some_and(|fault| fault != Fault::Late);
+        }
+        if arrives {
+            self.devices_stand = stops;
+        }
+    }
+
     fn switch(&mut self, body: &Value) -> Answer {
         let next = match (self.state, body["state"].as_str()) {
             (_, Some("Paused")) => "Paused",
             (from, Some("Resumed")) => {
-                if from == "Running" {
+                let in_doubt = std::mem::take(&mut self.stop_in_doubt);
+                if from == "Running" && !in_doubt {
                     self.wrongs
                         .push("a machine that runs was told to run".to_owned());
                 }
@@ -333,7 +356,7 @@ impl State {
         self.vsock = Some(vsock);
     }
 
-    fn wait_for_process(&mut self) {
+    pub(crate) fn wait_for_process(&mut self) {
         let stream = accept_within(&self.listener, PROCESS_DEADLINE).unwrap();
         stream.set_read_timeout(Some(PROCESS_DEADLINE)).unwrap();
         let mut control = BufReader::new(stream);
@@ -408,6 +431,8 @@ impl StandIn {
             host_cmd: 0,
             runs: 0,
             reset_waits: false,
+            stop_in_doubt: false,
+            devices_stand: false,
             wrongs: Vec::new(),
         }));
         let answering = Arc::clone(&state);
@@ -419,7 +444,7 @@ impl StandIn {
             files,
             version,
         };
-        let line = kernel_command_line(&stand_in.machine(), &stand_in.boot_source()).unwrap();
+        let line = kernel_command_line(&stand_in.boot_source()).unwrap();
         fs::write(stand_in.dir().join(COMMAND_LINE), line).unwrap();
         stand_in
     }

@@ -60,7 +60,8 @@ fn process_in(dir: &Path) -> Option<u32> {
         let pid = entry.file_name().to_str()?.parse().ok()?;
         let works_there = fs::read_link(entry.path().join("cwd")).ok()? == dir;
         let program = fs::read_link(entry.path().join("exe")).ok()?;
-        (works_there && program.ends_with("firecracker")).then_some(pid)
+        let name = program.file_name()?.to_str()?;
+        (works_there && name.starts_with("firecracker")).then_some(pid)
     })
 }
 
@@ -144,6 +145,8 @@ const STALLED_LOAD: Duration = Duration::from_secs(12);
 const STALLED_DRAIN: Duration = Duration::from_secs(3);
 /// … and any other request then.
 const STALLED_REQUEST: Duration = Duration::from_secs(6);
+/// How often a drain may miss that: the guest waits for another page before it has hinted one.
+const STALLS_MAX: u32 = 3;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pager_that_stands_still_hangs_neither_a_resume_nor_a_drain() {
@@ -187,7 +190,7 @@ async fn over_a_load(lab: &Lab, state: &[u8], image: &Image) {
     pager.0.wait().unwrap();
 }
 
-/// The drain ends at its ceiling, a stop is carried out or fails in time, and all goes on with the pager.
+/// The drain ends at its ceiling, a stop fails in time, and all goes on with the pager.
 async fn over_a_drain(lab: &Lab, state: &[u8], image: &Image) {
     let mut next = Lab::new(lab.binary.clone());
     next.binary.deadlines.request = STALLED_REQUEST;
@@ -200,25 +203,40 @@ async fn over_a_drain(lab: &Lab, state: &[u8], image: &Image) {
     let vm = incoming.finish().await.unwrap();
     vm.resume_vcpus().await.unwrap();
     let mut guest = Guest::new(vm);
-    let counted = guest.count().await;
+    // What the drain itself touches is there: else the guest waits for a page, and nobody else.
+    guest.ask("churn 32").await;
     reclaim(&mut guest).await;
+    let drained = guest.vm.drain(GUEST_DEADLINE, None).await;
+    assert_eq!(drained.outcome, DrainOutcome::Done);
+    guest.ask("churn 16").await;
+    let counted = guest.count().await;
 
-    send(pager.0.id(), Signal::STOP);
-    let began = Instant::now();
-    let drained = timeout(GUEST_DEADLINE, guest.vm.drain(STALLED_DRAIN, None)).await;
-    let drained = drained.expect("no hang");
-    println!("{drained:?} after {:?}", began.elapsed());
-    assert_eq!(drained.outcome, DrainOutcome::CeilingReached);
-    let stopped = timeout(GUEST_DEADLINE, guest.vm.stop_vcpus()).await;
-    // What stands still is its thread, in a discard, or only the guest, in a page fault.
-    if let Err(error) = stopped.expect("no hang") {
-        let text = error.to_string();
-        println!("{text}");
-        assert!(
-            text.contains("PATCH /vm") && text.contains("page faults"),
-            "{text}"
-        );
+    let mut stuck = None;
+    for _ in 0..STALLS_MAX {
+        send(pager.0.id(), Signal::STOP);
+        let began = Instant::now();
+        let drained = timeout(GUEST_DEADLINE, guest.vm.drain(STALLED_DRAIN, None)).await;
+        let drained = drained.expect("no hang");
+        println!("{drained:?} after {:?}", began.elapsed());
+        assert_eq!(drained.outcome, DrainOutcome::CeilingReached);
+        let stopped = timeout(GUEST_DEADLINE, guest.vm.stop_vcpus()).await;
+        stuck = stopped.expect("no hang").err();
+        if stuck.is_some() {
+            break;
+        }
+        // Only the guest stood still, in a page fault of something else.
+        send(pager.0.id(), Signal::CONT);
+        guest.vm.resume_vcpus().await.unwrap();
+        guest.ask("churn 16").await;
     }
+    let text = stuck
+        .expect("its thread stands still in a discard")
+        .to_string();
+    println!("{text}");
+    assert!(
+        text.contains("PATCH /vm") && text.contains("page faults"),
+        "{text}"
+    );
     assert!(guest.vm.is_alive());
 
     send(pager.0.id(), Signal::CONT);

@@ -12,9 +12,9 @@ use torpor_pager::{
     Backing, PageSource, Pager, PagerConfig, Region, SourceKind, SourceRun, Uffd, WriteTracking,
 };
 use torpor_vmm::firecracker::{
-    self, FirecrackerBinary, Handshake, IncomingFirecracker, InstalledBalloon, Version,
+    self, FirecrackerBinary, Handshake, IncomingFirecracker, InstalledBalloon,
 };
-use torpor_vmm::{DrainOutcome, DrainReport, GuestReader, MachineConfig, Vmm};
+use torpor_vmm::{DrainOutcome, DrainReport, GuestReader, MachineConfig, Version, Vmm};
 
 use crate::support::{GUEST_DEADLINE, Guest, Host};
 
