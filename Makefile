@@ -27,12 +27,13 @@ demo: setup build ## run the main job on a real guest: target/demo/report.json a
 setup-tests: ## the set-up with what only tests need
 	@scripts/setup --tests
 
+# With a Firecracker named, its tests would run beside all others, and want KVM.
 test: setup-tests build-guest ## run every test, real guests included
-	@cargo test --locked --workspace
+	@env -u TORPOR_FIRECRACKER cargo test --locked --workspace
 	@echo "make test: the tests against a real Firecracker were not run (make test-firecracker FIRECRACKER=/path/to/firecracker)"
 
 test-long: setup-tests build-guest ## the same with the models run for thousands of cases, and tests that take long
-	@PROPTEST_CASES=5000 cargo test --locked --workspace -- --include-ignored && cargo test --locked -p torpor-pager --lib --features shuttle interleavings
+	@PROPTEST_CASES=5000 env -u TORPOR_FIRECRACKER cargo test --locked --workspace -- --include-ignored && cargo test --locked -p torpor-pager --lib --features shuttle interleavings
 
 test-firecracker: firecracker-given setup build-guest ## test against a real Firecracker: FIRECRACKER=/path/to/firecracker (without KVM: in the lab)
 	@scripts/test-firecracker "$(FIRECRACKER)"
