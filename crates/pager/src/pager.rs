@@ -338,10 +338,10 @@ impl Pager {
         if !self.tracking.protects() {
             return Err(PagerError::NotTracked);
         }
-        let known = {
-            let state = self.service.lock();
-            state.machine.known().in_base_pages(self.base_pages)
-        };
+        // Held throughout: what is installed between the look at the page table and the one at the
+        // memory's file would be taken for written.
+        let mut state = self.service.lock();
+        let known = state.machine.known().in_base_pages(self.base_pages);
         let (mut scanned, unmapped) = self.scan()?;
         let mut in_doubt = known.written.clone();
         in_doubt.unite(&unmapped);
@@ -349,7 +349,8 @@ impl Pager {
         let zero = self.zero_pages()?;
         self.check_memory_is_there()?;
         // Only pages of the smallest size are left open.
-        self.service.lock().machine.looked(&zero);
+        state.machine.looked(&zero);
+        drop(state);
         let mut unmapped_there = unmapped;
         unmapped_there.intersect(&there);
         scanned.unite(&unmapped_there);
