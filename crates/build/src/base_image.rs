@@ -36,6 +36,8 @@ use crate::storage::Storage;
 pub(crate) const BLOCK_INDEXES_DIR: &str = "block-indexes";
 /// Blocks hashed by one piece of work when an index is made (1 MiB).
 const HASH_BLOCKS: u64 = 256;
+/// How often an image may be replaced, by imports of the same, while it is being opened.
+const REPLACED_MAX: u32 = 100;
 
 /// A base image and the index of its blocks. See the module's documentation.
 #[derive(Debug)]
@@ -243,22 +245,26 @@ impl Storage {
             digest: *digest,
             path: path.clone(),
         };
-        let file = File::open(&path).context("open", &path)?;
-        match flock(&file, FlockOperation::NonBlockingLockShared) {
-            Ok(()) => {}
-            // Only someone who deletes it holds the lock alone.
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(unknown()),
-            Err(e) => return Err(Error::io("lock", &path, e.into())),
-        }
-        // It may have been deleted between opening and locking; a lock on what an import has put in
-        // its place since would be another's.
-        let opened = file.metadata().context("look at", &path)?;
-        match fs::metadata(&path) {
-            Ok(named) if (named.dev(), named.ino()) == (opened.dev(), opened.ino()) => {
-                Ok((path, file))
+        for _ in 0..REPLACED_MAX {
+            let file = File::open(&path).context("open", &path)?;
+            match flock(&file, FlockOperation::NonBlockingLockShared) {
+                Ok(()) => {}
+                // Only someone who deletes it holds the lock alone.
+                Err(rustix::io::Errno::WOULDBLOCK) => return Err(unknown()),
+                Err(e) => return Err(Error::io("lock", &path, e.into())),
             }
-            _ => Err(unknown()),
+            // It may have been deleted between opening and locking, or have been imported once more:
+            // a lock on what is not there any more keeps nobody from deleting what is.
+            let opened = file.metadata().context("look at", &path)?;
+            match fs::metadata(&path) {
+                Ok(named) if (named.dev(), named.ino()) == (opened.dev(), opened.ino()) => {
+                    return Ok((path, file));
+                }
+                Ok(_) => {}
+                Err(_) => return Err(unknown()),
+            }
         }
+        Err(unknown())
     }
 
     /// Puts an index into its place; two that do it at once bring the same bytes.
