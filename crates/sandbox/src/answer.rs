@@ -12,7 +12,7 @@ use crate::host::Patience;
 use crate::sandbox::console_tail;
 
 /// From the end of the channel to the end of the VMM: what tearing its memory down takes.
-const EXIT_SEEN_MAX: Duration = Duration::from_secs(2);
+const EXIT_SEEN_MAX: Duration = Duration::from_secs(10);
 
 /// Connects to the agent and lets it make the guest usable (clock, random numbers, thaw), for at
 /// most `patience`. A VMM that ends meanwhile ends the wait.

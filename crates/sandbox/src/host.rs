@@ -36,7 +36,8 @@ pub struct HostOptions {
     /// How written pages are tracked, instead of the best that the host has.
     pub tracking: Option<WriteTracking>,
     /// How long a guest may take for each of its answers, the first one included, instead of what is
-    /// usual; for hosts on which everything is slow.
+    /// usual; for hosts on which everything is slow. A pause's own ceilings, those that no flag sets,
+    /// grow with it.
     pub patience: Option<Duration>,
 }
 
@@ -123,6 +124,12 @@ impl Host {
     /// For a guest that is resumed.
     pub(crate) fn patience(&self) -> Patience {
         self.patience
+    }
+
+    /// A ceiling of a pause, longer than usual by as much as a guest's first answer may be.
+    pub(crate) fn ceiling(&self, usual: Duration) -> Duration {
+        let by = self.patience.first.as_secs_f64() / ANSWER_MAX.as_secs_f64();
+        usual.mul_f64(by.max(1.0))
     }
 
     /// Where builds are.

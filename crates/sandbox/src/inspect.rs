@@ -30,6 +30,8 @@ use crate::physical::{Content, Known, StoppedMemory, Walked};
 pub(crate) const LAYOUT_KEY: &str = "memory_layout";
 /// What a running sandbox's owner leaves in its run directory.
 pub(crate) const RECORD_FILE: &str = "sandbox.json";
+/// The same while it is written.
+const RECORD_PART: &str = "sandbox.json.part";
 /// A record has a few hundred bytes.
 const RECORD_BYTES_MAX: u64 = 64 << 10;
 /// Pages looked at for zeros at once: 1 MiB.
@@ -85,10 +87,13 @@ pub(crate) struct RunRecord {
 }
 
 impl RunRecord {
-    /// Leaves the record in a run directory. Not synced: it is worth nothing after a crash, and a
-    /// resume waits for it.
+    /// Leaves the record in a run directory, whole for whoever looks at any moment. Not synced: it is
+    /// worth nothing after a crash, and a resume waits for it.
+    #[expect(clippy::disallowed_methods, reason = "it need not be durable")]
     pub(crate) fn leave_in(&self, run_dir: &Path) -> std::io::Result<()> {
-        std::fs::write(run_dir.join(RECORD_FILE), serde_json::to_vec_pretty(self)?)
+        let part = run_dir.join(RECORD_PART);
+        std::fs::write(&part, serde_json::to_vec_pretty(self)?)?;
+        std::fs::rename(part, run_dir.join(RECORD_FILE))
     }
 }
 

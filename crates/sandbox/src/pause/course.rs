@@ -9,17 +9,50 @@ use torpor_vmm::DrainReport;
 use super::report::{PauseStep, StepTime};
 use super::{PauseFailure, PauseRequest};
 use crate::error::StepError;
+use crate::host::Host;
 use crate::metrics;
 use crate::sandbox::Sandbox;
 use crate::scan::{Permission, ScanReport};
 
-/// Longest wait for the thaw, when the sandbox goes on after a checkpoint or a pause that failed.
-pub(super) const THAW_MAX: Duration = Duration::from_secs(5);
+/// The longest that what no flag bounds may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ceilings {
+    /// For the user's processes to freeze. The freezer waits for system calls under way; a guest that
+    /// needs longer is paused with those processes not frozen yet, which is right, only less lean.
+    pub(super) freeze_user: Duration,
+    /// What a reclaim may take beyond the sum of its steps' caps: starting its shell, and the kernel
+    /// write that is under way when a cap ends.
+    pub(super) reclaim_overhead: Duration,
+    /// For the guest's own count of its free memory.
+    pub(super) count_free: Duration,
+    /// For the pager to have seen everything of before the stop. It takes a millisecond; storage that
+    /// hangs under a fault is what makes it long.
+    pub(super) settle: Duration,
+    /// For the scan. It takes a few milliseconds while the guest stands still; a parent's storage that
+    /// hangs is what makes it long.
+    pub(super) scan: Duration,
+    /// For the thaw, when the sandbox goes on after a checkpoint or a pause that failed.
+    pub(super) thaw: Duration,
+}
+
+impl Ceilings {
+    pub(super) fn on(host: &Host) -> Self {
+        Self {
+            freeze_user: host.ceiling(Duration::from_secs(1)),
+            reclaim_overhead: host.ceiling(Duration::from_millis(1500)),
+            count_free: host.ceiling(Duration::from_millis(500)),
+            settle: host.ceiling(Duration::from_secs(10)),
+            scan: host.ceiling(Duration::from_millis(500)),
+            thaw: host.ceiling(Duration::from_secs(5)),
+        }
+    }
+}
 
 /// What is known so far, and the sandbox that it is about.
 pub(super) struct Course {
     pub(super) sandbox: Sandbox,
     pub(super) request: PauseRequest,
+    pub(super) ceilings: Ceilings,
     pub(super) started: Instant,
     pub(super) steps: Vec<StepTime>,
     pub(super) frozen_at: Option<Instant>,
@@ -37,10 +70,16 @@ pub(super) struct Course {
 
 impl Course {
     /// Nothing is known yet.
-    pub(super) fn new(sandbox: Sandbox, request: PauseRequest, started: Instant) -> Self {
+    pub(super) fn new(
+        sandbox: Sandbox,
+        request: PauseRequest,
+        ceilings: Ceilings,
+        started: Instant,
+    ) -> Self {
         Self {
             sandbox,
             request,
+            ceilings,
             started,
             steps: Vec::new(),
             frozen_at: None,
@@ -83,7 +122,7 @@ impl Course {
                 last_build,
             };
         }
-        let not_thawed = sandbox.thaw(THAW_MAX).await.err();
+        let not_thawed = sandbox.thaw(self.ceilings.thaw).await.err();
         // A guest that does not answer because its VMM died meanwhile is lost all the same.
         if not_thawed.is_some() && !sandbox.vmm().is_alive() {
             return PauseFailure::Lost {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use torpor_build::{BaseImage, BuildInfo, ImageKind, LayerSummary, PageRun, StagedBuild};
 use torpor_guest::{GuestError, ReclaimCaps, reclaim};
 
-use super::course::{Course, THAW_MAX, ms};
+use super::course::{Ceilings, Course, ms};
 use super::report::{PauseReport, PauseStep, StepTime};
 use super::{Checkpointed, PauseFailure, PauseRequest, Paused};
 use crate::capture::{CapturedMemory, Changes};
@@ -20,22 +20,6 @@ use crate::host::Host;
 use crate::metrics;
 use crate::progress::StepGuard;
 use crate::sandbox::{Parent, Sandbox, SharedTracker, background, release};
-
-/// Longest wait for the user's processes to freeze. The freezer waits for system calls under way;
-/// a guest that needs longer is paused with those processes not frozen yet, which is right, only
-/// less lean.
-const FREEZE_USER_MAX: Duration = Duration::from_secs(1);
-/// Longest wait for the guest's own count of its free memory.
-const METRICS_MAX: Duration = Duration::from_millis(500);
-/// Longest wait for the pager to have seen everything of before the stop. It takes a millisecond;
-/// storage that hangs under a fault is what makes it long.
-const SETTLE_MAX: Duration = Duration::from_secs(10);
-/// Longest scan. It takes a few milliseconds while the guest stands still; a parent's storage that
-/// hangs is what makes it long.
-const SCAN_MAX: Duration = Duration::from_millis(500);
-/// What a reclaim may take beyond the sum of its steps' caps: starting its shell, and the kernel
-/// write that is under way when a cap ends.
-const RECLAIM_OVERHEAD: Duration = Duration::from_millis(1500);
 
 /// What all reclaim steps may take together.
 fn sum_of(caps: ReclaimCaps) -> Duration {
@@ -75,7 +59,7 @@ pub(super) async fn begin(
             });
         }
     };
-    let mut course = Course::new(sandbox, request, started);
+    let mut course = Course::new(sandbox, request, Ceilings::on(host), started);
     if course.request.flags.free_page_scan {
         let permission = course.sandbox.scan_permission(host.storage()).await;
         course.scan_permission = Some(permission);
@@ -95,7 +79,7 @@ impl Running {
         let frozen = course
             .sandbox
             .envd()
-            .with_deadline(FREEZE_USER_MAX)
+            .with_deadline(course.ceilings.freeze_user)
             .freeze()
             .await;
         drop(guard);
@@ -112,7 +96,7 @@ impl Running {
         if course.request.flags.reclaim {
             let caps = course.request.flags.reclaim_caps;
             let (guard, since) = begin_step(&course.request, PauseStep::Reclaim);
-            let budget = sum_of(caps) + RECLAIM_OVERHEAD;
+            let budget = sum_of(caps) + course.ceilings.reclaim_overhead;
             let report = reclaim(course.sandbox.envd(), caps, budget).await;
             drop(guard);
             course.note(PauseStep::Reclaim, since, report.error.clone());
@@ -145,8 +129,11 @@ impl Reclaimed {
             course.drain = Some(report);
         }
         let since = Instant::now();
-        let envd = course.sandbox.envd().with_deadline(METRICS_MAX);
-        let metrics = envd.metrics().await;
+        let envd = course.sandbox.envd();
+        let metrics = envd
+            .with_deadline(course.ceilings.count_free)
+            .metrics()
+            .await;
         let ram_bytes = course.sandbox.spec().memory_bytes;
         course.guest_nonfree_bytes =
             (metrics.as_ref().ok()).map(|metrics| ram_bytes.saturating_sub(metrics.mem_free));
@@ -246,7 +233,7 @@ impl Saved {
             state,
         } = self;
         let (guard, since) = begin_step(&course.request, PauseStep::Settle);
-        let changes = course.sandbox.changes(SETTLE_MAX).await;
+        let changes = course.sandbox.changes(course.ceilings.settle).await;
         drop(guard);
         course.note(PauseStep::Settle, since, None);
         match changes {
@@ -284,7 +271,8 @@ impl Settled {
         let mut free = Vec::new();
         if let Some(permission) = course.scan_permission.take() {
             let (guard, since) = begin_step(&course.request, PauseStep::Scan);
-            let (report, found) = course.sandbox.scan(&changes, permission, SCAN_MAX).await;
+            let ceiling = course.ceilings.scan;
+            let (report, found) = course.sandbox.scan(&changes, permission, ceiling).await;
             drop(guard);
             course.note(PauseStep::Scan, since, report.why_not().map(str::to_owned));
             (course.scan, free) = (Some(report), found);
@@ -460,7 +448,7 @@ impl Written {
         let resumed = self.course.sandbox.resume_vcpus().await;
         self.freeze = self.stopped_at.elapsed();
         let thawed = match &resumed {
-            Ok(()) => self.course.sandbox.thaw(THAW_MAX).await,
+            Ok(()) => self.course.sandbox.thaw(self.course.ceilings.thaw).await,
             Err(_) => Ok(()),
         };
         drop(guard);
