@@ -286,7 +286,6 @@ fn devices(owner: Option<u32>, has_ipv6: bool) -> String {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::PermissionsExt;
     use std::process::Command;
 
     use rustix::process::{Pid, test_kill_process};
@@ -398,15 +397,22 @@ mod tests {
     async fn an_ip_that_hangs_is_killed() {
         let dir = tempfile::tempdir().unwrap();
         let (nsenter, pid_file) = (dir.path().join("nsenter"), dir.path().join("pid"));
-        fs::write(&nsenter, "#!/bin/sh\necho $$ >pid\nexec /bin/sleep 600\n").unwrap();
-        fs::set_permissions(&nsenter, fs::Permissions::from_mode(0o755)).unwrap();
+        // Written by another process: what this one has open for writing, a child of another test may
+        // have for a while, and nobody can run that.
+        let text = dir.path().join("nsenter.sh");
+        fs::write(&text, "#!/bin/sh\necho $$ >pid\nexec /bin/sleep 600\n").unwrap();
+        let install = std::process::Command::new("install")
+            .args([&text, &nsenter])
+            .status();
+        assert!(install.unwrap().success());
         let hangs = Programs {
             slirp: PathBuf::new(),
             nsenter,
             ip: PathBuf::new(),
         };
         let namespace = File::open("/proc/self/ns/net").unwrap().into();
-        let patience = Duration::from_secs(3);
+        // In which it must have begun.
+        let patience = Duration::from_secs(10);
         let error = make_devices(&hangs, namespace, None, dir.path(), patience).await;
         let error = error.unwrap_err().to_string();
         assert!(error.contains("timed out"), "{error}");

@@ -29,7 +29,7 @@ use crate::vmm::VmmExit;
 
 /// How long we wait for the reason when the connection breaks: a QEMU that ends closes it some
 /// milliseconds before it is reaped.
-const REASON_PATIENCE: Duration = Duration::from_secs(2);
+const REASON_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The guest's page size.
 const PAGE_BYTES: u64 = 4096;
