@@ -15,6 +15,9 @@ use connectrpc::ErrorCode;
 use host::{Agent, LONG, output, sh};
 use torpor_guest::{Command, GuestError, ProcessEvent, PtySize, Selector, Signal};
 
+/// Of a command: starting it must fit in as well, on a busy host.
+const TIME_LIMIT: Duration = Duration::from_secs(10);
+
 #[tokio::test]
 async fn a_healthy_agent_answers() {
     let agent = Agent::start();
@@ -173,10 +176,7 @@ async fn a_timeout_kills_the_process_with_all_that_it_started() {
     let envd = agent.envd().await;
     // timeout(1) moves its child into a group of its own: still the same session.
     let command = sh("timeout 300 sleep 298 & echo started; sleep 299");
-    let mut process = envd
-        .start(&command, Some(Duration::from_millis(700)))
-        .await
-        .unwrap();
+    let mut process = envd.start(&command, Some(TIME_LIMIT)).await.unwrap();
     let pid = process.pid();
     assert_eq!(
         process.next().await.unwrap(),
@@ -205,7 +205,7 @@ async fn the_timeout_comes_even_if_nobody_watches_any_more() {
     let agent = Agent::start();
     let envd = agent.envd().await;
     let process = envd
-        .start(&sh("sleep 300"), Some(Duration::from_millis(500)))
+        .start(&sh("sleep 300"), Some(TIME_LIMIT))
         .await
         .unwrap();
     let pid = process.pid();
@@ -368,11 +368,12 @@ async fn too_many_streams_are_an_error_and_not_the_end_of_the_session() {
 async fn a_quiet_process_is_waited_for_and_a_guest_that_stands_still_is_not() {
     use nix::sys::signal::{Signal as HostSignal, kill};
     let agent = Agent::start();
-    let envd = agent.envd().await.with_keepalive(Duration::from_secs(1));
-    // Longer than the three seconds of silence that end a stream: the keepalives fill them.
-    let quiet = envd.run(&sh("sleep 5; echo done"), LONG).await.unwrap();
-    assert_eq!(quiet.stdout, b"done\n");
+    let envd = agent.envd().await.with_keepalive(Duration::from_secs(4));
+    // Longer than the twelve seconds of silence that end a stream: the keepalives fill them.
+    let quiet = envd.run(&sh("sleep 16; echo done"), LONG).await;
+    assert_eq!(quiet.unwrap().stdout, b"done\n");
 
+    let envd = envd.with_keepalive(Duration::from_secs(1));
     let mut process = envd.start(&sh("sleep 600"), None).await.unwrap();
     let pid = nix::unistd::Pid::from_raw(agent.child.id().try_into().unwrap());
     kill(pid, HostSignal::SIGSTOP).unwrap();

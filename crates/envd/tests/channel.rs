@@ -175,7 +175,7 @@ async fn when_the_port_is_gone_every_call_says_so() {
     assert!(process.next().await.is_err());
     envd.channel().closed().await;
     assert!(envd.health().await.is_err());
-    host::kill(pid);
+    host::eventually("it went with its agent", || !host::alive(pid)).await;
 }
 
 #[tokio::test]
@@ -217,7 +217,7 @@ async fn the_wire_is_what_the_public_sdks_speak() {
     let mut vmm = Vmm::start();
     let envd = vmm.host().await;
     let start =
-        r#"{"process":{"cmd":"/bin/sh","args":["-c","sleep 1.3; echo hi; exit 7"]},"stdin":false}"#;
+        r#"{"process":{"cmd":"/bin/sh","args":["-c","sleep 6; echo hi; exit 7"]},"stdin":false}"#;
     let mut body = vec![0];
     body.extend_from_slice(&u32::try_from(start.len()).unwrap().to_be_bytes());
     body.extend_from_slice(start.as_bytes());

@@ -9,12 +9,11 @@
 
 mod common;
 
-use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use common::{
-    Cleanup, CopiedStorage, assert_gone, every_frame, flip, host, lost, pause_into_new,
-    resume_build, sh, storage_dir, template, try_pause,
+    Cleanup, CopiedStorage, PATIENCE, assert_gone, every_frame, flip, host, lost, pause_into_new,
+    put_program, resume_build, sh, storage_dir, template, try_pause,
 };
 use torpor_build::{Build, BuildId, BuildInfo, ImageKind, PageContent};
 use torpor_sandbox::error::StartError;
@@ -190,8 +189,7 @@ async fn a_host_whose_qemu_has_another_version_resumes_nothing_of_ours() {
         "#!/bin/sh\n[ \"$1\" = --version ] && {{ echo 'QEMU emulator version 9.9.9'; exit; }}\nexec {} \"$@\"\n",
         host.vmm().path().display()
     );
-    std::fs::write(&qemu, script).unwrap();
-    std::fs::set_permissions(&qemu, std::fs::Permissions::from_mode(0o755)).unwrap();
+    put_program(&qemu, &script);
     let options = HostOptions {
         storage: storage_dir(),
         vmm: VmmOptions {
@@ -200,6 +198,7 @@ async fn a_host_whose_qemu_has_another_version_resumes_nothing_of_ours() {
             firecracker: None,
             ..VmmOptions::default()
         },
+        patience: Some(PATIENCE),
         ..HostOptions::default()
     };
     let other = Host::open(options).await.unwrap();

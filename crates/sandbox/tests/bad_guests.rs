@@ -13,8 +13,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::{
-    Cleanup, assert_gone, boot_request, host, lost, on_qemu, resume_build, sh, storage_dir,
-    template, try_pause,
+    Cleanup, PATIENCE, assert_gone, boot_request, host, lost, on_qemu, resume_build, sh,
+    storage_dir, template, try_pause,
 };
 use torpor_guest::{Command, GuestError};
 use torpor_sandbox::boot::{BootRequest, boot};
@@ -27,6 +27,7 @@ async fn own_host(dir: &Path) -> Host {
     let options = HostOptions {
         storage: dir.to_path_buf(),
         vmm: on_qemu(),
+        patience: Some(PATIENCE),
         ..HostOptions::default()
     };
     Host::open(options).await.unwrap()
@@ -110,16 +111,25 @@ async fn a_guest_that_never_answers_is_ended_with_its_consoles_last_words() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let agent = dir.path().join("init");
     std::fs::write(&agent, silent_init()).unwrap();
-    let host = own_host(&dir.path().join("storage"))
-        .await
-        .with_agent(agent)
-        .with_boot_max(Duration::from_secs(15));
-    let error = boot(&host, boot_request("silent")).await.unwrap_err();
-    assert!(matches!(error, StartError::NoAnswer { .. }), "{error}");
-    let told = error.to_string();
-    assert!(told.contains("does not answer after 15 s"), "{told}");
-    assert!(told.contains("Run /init as init process"), "{told}");
-    no_traces(&host);
+    let mut boot_max_s = 15;
+    loop {
+        let host = own_host(&dir.path().join("storage"))
+            .await
+            .with_agent(agent.clone())
+            .with_boot_max(Duration::from_secs(boot_max_s));
+        let error = boot(&host, boot_request("silent")).await.unwrap_err();
+        assert!(matches!(error, StartError::NoAnswer { .. }), "{error}");
+        no_traces(&host);
+        let told = error.to_string();
+        let after = format!("does not answer after {boot_max_s} s");
+        assert!(told.contains(&after), "{told}");
+        if told.contains("Run /init as init process") {
+            break;
+        }
+        // On a busy machine the kernel itself may need longer.
+        boot_max_s *= 2;
+        assert!(boot_max_s <= 120, "{told}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -158,7 +168,7 @@ async fn a_workload_that_fails_says_how_and_the_sandbox_can_still_be_paused() {
     assert!(error.to_string().contains("/no/such/program"), "{error}");
     // Out of memory: the guest kills the workload, not its agent.
     let greedy = Command::shell("exec tail /dev/zero");
-    let output = sandbox.envd().run(&greedy, minute).await.unwrap();
+    let output = sandbox.envd().run(&greedy, 4 * minute).await.unwrap();
     assert!(!output.exit.success(), "{:?}", output.exit);
     // Never done: killed when its time has run out.
     let endless = Command::shell("sleep 1000");

@@ -16,8 +16,8 @@ use std::process::{Command, Stdio};
 use std::time::SystemTime;
 
 use common::{
-    Cleanup, assert_gone, counts_on, host, on_qemu, pause_into_new, pause_request, resume_build,
-    sh, signal, staging_of, start_counter, template,
+    Cleanup, PATIENCE, assert_gone, counts_on, host, on_qemu, pause_into_new, pause_request,
+    resume_build, sh, signal, staging_of, start_counter, template,
 };
 use nix::sys::signal::Signal;
 use torpor_sandbox::flags::PauseFlags;
@@ -194,6 +194,7 @@ async fn what_cannot_be_ended_of_a_left_over_is_not_removed_and_no_start_fails_o
     let options = || HostOptions {
         storage: dir.path().to_path_buf(),
         vmm: on_qemu(),
+        patience: Some(PATIENCE),
         ..HostOptions::default()
     };
     let storage = Host::open(options()).await.unwrap().storage().clone();

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use common::{
-    Cleanup, CopiedStorage, assert_gone, at_step, counts_on, host, kill_for_good, lost, on_qemu,
-    pause_into_new, pause_request, resume_build, sh, signal, staging_of, start_counter,
+    Cleanup, CopiedStorage, PATIENCE, assert_gone, at_step, counts_on, host, kill_for_good, lost,
+    on_qemu, pause_into_new, pause_request, resume_build, sh, signal, staging_of, start_counter,
     still_running, template, try_pause, wait_until,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -387,6 +387,7 @@ async fn a_disk_that_fills_up_in_the_middle_of_a_pause_leaves_the_sandbox_as_it_
     let options = HostOptions {
         storage: storage.clone(),
         vmm: on_qemu(),
+        patience: Some(PATIENCE),
         ..HostOptions::default()
     };
     let host = Host::open(options).await.unwrap();
@@ -454,8 +455,9 @@ const STOOD_STILL: Duration = Duration::from_secs(4);
 
 /// How far the guest's wall clock is behind the host's.
 async fn clock_lag(sandbox: &Sandbox) -> Duration {
-    let guest: u64 = sh(sandbox, "date +%s%3N").await.parse().unwrap();
+    // Taken first: how long the answer takes is not the clock's.
     let host = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let guest: u64 = sh(sandbox, "date +%s%3N").await.parse().unwrap();
     host.saturating_sub(Duration::from_millis(guest))
 }
 

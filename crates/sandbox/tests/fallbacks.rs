@@ -12,8 +12,8 @@ mod common;
 use std::time::Duration;
 
 use common::{
-    Cleanup, counts_on, host, host_with, network_template, on_qemu, pause_into_new, resume_build,
-    sh, start_counter, storage_dir, template,
+    Cleanup, PATIENCE, UNBIND_BALLOON, counts_on, host, host_with, network_template, on_qemu,
+    pause_into_new, resume_build, sh, start_counter, storage_dir, template, wait_until,
 };
 use torpor_build::{BuildId, Entry, ImageReader, PAGE_SIZE};
 use torpor_guest::ReclaimCaps;
@@ -111,6 +111,7 @@ async fn host_with_flags(dir: &tempfile::TempDir, flags: &str) -> Host {
         storage: storage_dir(),
         flags: Some(file),
         vmm: on_qemu(),
+        patience: Some(PATIENCE),
         ..HostOptions::default()
     };
     Host::open(options).await.unwrap()
@@ -286,7 +287,18 @@ async fn freed_pages_read_as_zero(free_page_scan: bool, recorded_as: Entry) {
     let before = pause_into_new(sandbox, &host, PauseFlags::default()).await;
     cleanup.1.push(before.build.id());
     let (sandbox, _) = resume_build(&host, &before.build.id()).await;
+    let removed = || sandbox.pager_stats().unwrap().pages_removed;
+    let removed_before = removed();
+    // What is being reported is on no list of free pages: no round may meet the stop.
+    if free_page_scan {
+        sh(&sandbox, UNBIND_BALLOON).await;
+    }
     sh(&sandbox, "rm /dev/shm/gone").await;
+    if !free_page_scan {
+        wait_until("the guest has given back most of the file", || {
+            removed() >= removed_before + 5000
+        });
+    }
     let flags = PauseFlags {
         drain_ceiling_ms: if free_page_scan { 0 } else { 10_000 },
         free_page_scan,

@@ -68,7 +68,7 @@ async fn a_reclaimed_and_drained_pause_stores_about_what_the_guest_still_needs()
     .await;
     let flags = PauseFlags {
         reclaim: true,
-        drain_ceiling_ms: 8000,
+        drain_ceiling_ms: 60_000,
         ..PauseFlags::default()
     };
     let paused = pause_into_new(sandbox, &host, flags).await;

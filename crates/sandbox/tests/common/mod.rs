@@ -8,6 +8,7 @@
 )]
 #![allow(dead_code, reason = "every test program uses a part of it")]
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -31,8 +32,8 @@ use torpor_sandbox::vmm::{VmmKind, VmmOptions};
 /// Memory of the tests' guests.
 pub(crate) const GUEST_MEMORY_BYTES: u64 = 256 << 20;
 
-/// Where the templates are, kept from one run to the next: a directory for each agent and kernel,
-/// so that a changed agent is booted anew.
+/// Where the templates are, kept from one run to the next: a directory for each agent, kernel and
+/// QEMU, so that what another one has changed is booted anew.
 pub(crate) fn storage_dir() -> PathBuf {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
@@ -43,6 +44,10 @@ pub(crate) fn storage_dir() -> PathBuf {
                 .to_string()
                 .bytes(),
         );
+        let qemu = std::process::Command::new("qemu-system-x86_64")
+            .arg("--version")
+            .output();
+        identity.extend(qemu.unwrap().stdout);
         let key = Digest::of(&identity).to_string();
         let root = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("guests");
         std::fs::create_dir_all(&root).unwrap();
@@ -64,6 +69,9 @@ pub(crate) fn on_qemu() -> VmmOptions {
     }
 }
 
+/// However busy this machine is: slowness is for benches to find.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
+
 pub(crate) async fn host() -> Host {
     host_with(None).await
 }
@@ -73,6 +81,7 @@ pub(crate) async fn host_with(tracking: Option<WriteTracking>) -> Host {
         storage: storage_dir(),
         tracking,
         vmm: on_qemu(),
+        patience: Some(PATIENCE),
         ..HostOptions::default()
     };
     Host::open(options).await.unwrap()
@@ -262,6 +271,17 @@ pub(crate) async fn counts_on(sandbox: &Sandbox, from: u64) -> u64 {
     }
 }
 
+/// Puts a script where it can be run. Another process writes it: what this one has open for writing,
+/// a child of another test may have for a while, and nobody can run that.
+pub(crate) fn put_program(path: &Path, script: &str) {
+    let mut text = tempfile::NamedTempFile::new().unwrap();
+    text.write_all(script.as_bytes()).unwrap();
+    let install = std::process::Command::new("install")
+        .args([text.path(), path])
+        .status();
+    assert!(install.unwrap().success());
+}
+
 /// The directory where a build would be staged.
 pub(crate) fn staging_of(host: &Host, id: &BuildId) -> PathBuf {
     host.storage()
@@ -282,6 +302,7 @@ impl CopiedStorage {
         let options = HostOptions {
             storage: dir.path().to_path_buf(),
             vmm: on_qemu(),
+            patience: Some(PATIENCE),
             ..HostOptions::default()
         };
         let copied = Host::open(options).await.unwrap();

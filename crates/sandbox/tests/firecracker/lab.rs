@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use torpor_build::{BuildId, Digest, Entry, ImageReader, Name, PAGE_SIZE};
 use torpor_guest::{Command, Selector};
@@ -24,7 +24,7 @@ use torpor_vmm::firecracker::FirecrackerBinary;
 use torpor_vmm::{DrainOutcome, GuestReader};
 use torpor_workload::{CHECK_COMMAND, Check, Ready};
 
-use crate::common::{at_step, line, pause_request, sh, upload, workload};
+use crate::common::{PATIENCE, at_step, line, pause_request, sh, upload, workload};
 
 /// The template that most tests stand on. It has a network.
 pub(crate) const TEMPLATE: &str = "fc";
@@ -32,8 +32,6 @@ pub(crate) const GUEST_MEMORY_BYTES: u64 = 256 << 20;
 pub(crate) const GUEST_DISK_BYTES: u64 = 256 << 20;
 pub(crate) const PROGRAM: &str = "/root/torpor-workload";
 pub(crate) const TAG: &str = "workload";
-/// Emulated in an emulation, a guest is slow: a limit that says *never*, not *slow*.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
 /// A drain that has all the time.
 pub(crate) const DRAIN_MS: u64 = 120_000;
 pub(crate) const FLAGS: &str =

@@ -10,10 +10,10 @@ use torpor_sandbox::pause::report::PauseStep;
 use torpor_sandbox::pause::{checkpoint, pause};
 
 use crate::common::{
-    Cleanup, assert_gone, at_step, every_frame, flip, kill_for_good, lost, pause_request, sh,
-    wait_until,
+    Cleanup, PATIENCE, assert_gone, at_step, every_frame, flip, kill_for_good, lost, pause_request,
+    sh, wait_until,
 };
-use crate::lab::{PATIENCE, host, paused_exactly, resume_guest, template};
+use crate::lab::{host, paused_exactly, resume_guest, template};
 
 const CLONES: usize = 10;
 const GREETING: &str = "hello";

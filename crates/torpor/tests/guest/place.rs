@@ -36,6 +36,8 @@ impl Place {
             .arg(self.storage())
             .args(args)
             .env("TORPOR_VMM", "qemu")
+            // However busy this machine is: slowness is for benches to find.
+            .env("TORPOR_GUEST_PATIENCE", "240")
             .env_remove("TORPOR_STORAGE")
             .env_remove("TORPOR_FLAGS")
             .stdin(Stdio::null())
@@ -136,6 +138,15 @@ impl Running {
             stdout: String::from_utf8(stdout).unwrap(),
             stderr: String::from_utf8(stderr).unwrap(),
         }
+    }
+}
+
+impl Done {
+    /// The build that a command says it has paused into.
+    pub(crate) fn build_made(&self) -> String {
+        let mut words = self.stdout.split_whitespace();
+        words.find(|word| *word == "into");
+        words.nth(1).unwrap().to_owned()
     }
 }
 

@@ -479,9 +479,9 @@ impl StandIn {
             deadlines: Deadlines {
                 request: DEADLINE,
                 api_up: DEADLINE,
-                handshake: DEADLINE / 2,
+                handshake: DEADLINE,
                 load: DEADLINE,
-                last_words: DEADLINE / 2,
+                last_words: DEADLINE,
             },
         }
     }
