@@ -21,6 +21,9 @@ const BOOT_MAX: Duration = Duration::from_secs(120);
 /// cold disk make it longer.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 
+/// How much longer than usual a pause's ceilings may be on a slow host.
+const STRETCH_MAX: f64 = 8.0;
+
 /// Longest wait for what dead processes have left running.
 const END_MAX: Duration = Duration::from_secs(10);
 
@@ -36,8 +39,8 @@ pub struct HostOptions {
     /// How written pages are tracked, instead of the best that the host has.
     pub tracking: Option<WriteTracking>,
     /// How long a guest may take for each of its answers, the first one included, instead of what is
-    /// usual; for hosts on which everything is slow. A pause's own ceilings, those that no flag sets,
-    /// grow with it.
+    /// usual; for hosts on which everything is slow. Beyond half a minute the ceilings of a pause that
+    /// no flag sets grow in proportion, up to eightfold.
     pub patience: Option<Duration>,
 }
 
@@ -126,10 +129,11 @@ impl Host {
         self.patience
     }
 
-    /// A ceiling of a pause, longer than usual by as much as a guest's first answer may be.
+    /// A ceiling of a pause, longer than usual by as much as a guest's first answer may be. Not without
+    /// end: a guest stands still during the scan, and its parent's storage may hang.
     pub(crate) fn ceiling(&self, usual: Duration) -> Duration {
         let by = self.patience.first.as_secs_f64() / ANSWER_MAX.as_secs_f64();
-        usual.mul_f64(by.max(1.0))
+        usual.mul_f64(by.clamp(1.0, STRETCH_MAX))
     }
 
     /// Where builds are.

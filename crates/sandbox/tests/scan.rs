@@ -40,8 +40,10 @@ const AFTER_A_MESSAGE: Duration = Duration::from_millis(500);
 /// Scans, each a look of the guest apart: it takes an emulated one a tenth of a second for a GiB.
 const SCANS: usize = 3;
 const BETWEEN_SCANS_PER_GIB: Duration = Duration::from_millis(250);
-/// Pages that all looks saw free and the stop between them did not: the guest is quiet, but it answers
-/// us. (For the other direction there is no slack: such a page would be lost.)
+/// The page array of a guest of the usual size: 64 bytes for each page.
+const ARRAY_PAGES: u64 = GUEST_MEMORY_BYTES / PAGE_SIZE as u64 * 64 / PAGE_SIZE as u64;
+/// Pages that all looks saw alike and a stop between them did not: the guest is quiet, but it answers
+/// us. (Used in all looks and free by all scans is not one page: it would be lost.)
 const RESTLESS_PAGES_MAX: u64 = 64;
 /// What per-CPU lists may hold of pages that `MemFree` counts or does not count: their batches, and
 /// the counters' own slack.
@@ -138,13 +140,15 @@ async fn the_scan_of_a_lazily_resumed_guest_is_exact_and_brings_nothing_in() {
 
         sandbox.vmm().stop_vcpus().await.unwrap();
         let memory = File::from(sandbox.vmm().memory().unwrap().into_memfd().unwrap());
-        // The first one settles the pager.
-        for settled in [false, true] {
+        // While the first one settles the pager, neighbours of a last fault may come in; the page array
+        // alone would be four times as much.
+        for most_pages in [ARRAY_PAGES / 4, 0] {
             let before = standing_still(&sandbox, &memory);
             let found = sandbox.find_free_pages(host.storage(), SETTLE_MAX).await;
             assert_eq!(found.unwrap().0.why_not(), None);
             let after = brought_in(&sandbox, &memory);
-            assert!(!settled || before == after, "{before:?}, then {after:?}");
+            let came = (after.0 - before.0).max(after.1 - before.1);
+            assert!(came <= most_pages, "{before:?}, then {after:?}");
         }
         let before = brought_in(&sandbox, &memory);
         let present_pages = before.0;
@@ -479,8 +483,8 @@ fn free_marks(build: &Build) -> Vec<bool> {
     marks(pages, free.map(|run| (run.first_page, run.pages)))
 }
 
-/// The guest looks at its own flags over and over, and our scan falls between: of each page that all
-/// looks agree on, the scan must say the same.
+/// The guest looks at its own flags over and over, and our scans fall between: of each page that all
+/// looks agree on, one of the scans at least must say the same, and each scan of all but a few.
 async fn agrees_with_its_guest(host: &Host, sandbox: &Sandbox, what: &str) {
     upload(sandbox, &workload(), GUEST_PROGRAM).await;
     sh(sandbox, UNBIND_BALLOON).await;
@@ -517,11 +521,15 @@ async fn agrees_with_its_guest(host: &Host, sandbox: &Sandbox, what: &str) {
     // and taken again between two looks, with a scan in between: not so each time.
     let agree = |page: usize, free: bool| scans.iter().all(|scan| scan[page] == free);
     let (mut lost, mut missed) = (0_u64, 0_u64);
+    let mut lost_once = [0_u64; SCANS];
     let (mut compared, mut free_pages) = (0_u64, 0_u64);
     for page in 0..by_guest.len() {
         if !changed[page] {
             compared += 1;
             lost += u64::from(!by_guest[page] && agree(page, true));
+            for (lost, scan) in lost_once.iter_mut().zip(&scans) {
+                *lost += u64::from(!by_guest[page] && scan[page]);
+            }
             missed += u64::from(by_guest[page] && agree(page, false));
         }
         free_pages += u64::from(scans[0][page]);
@@ -537,6 +545,10 @@ async fn agrees_with_its_guest(host: &Host, sandbox: &Sandbox, what: &str) {
         "{what}: the guest is not quiet: {compared} of {pages}"
     );
     assert_eq!(lost, 0, "{what}: pages in use that the scan calls free");
+    assert!(
+        lost_once.iter().all(|lost| *lost <= RESTLESS_PAGES_MAX),
+        "{what}: {lost_once:?} by one scan"
+    );
     assert!(missed <= RESTLESS_PAGES_MAX, "{what}: {missed} missed");
     let per_cpu = PER_CPU_PAGES_MAX * u64::from(sandbox.spec().vcpus);
     assert!(

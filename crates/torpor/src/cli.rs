@@ -193,7 +193,8 @@ pub(crate) struct RunArgs {
     pub(crate) vmm: VmmArgs,
 
     /// How long a guest may take for each of its answers, in seconds, instead of what is usual: for
-    /// hosts on which everything is slow. A pause's own ceilings grow with it
+    /// hosts on which everything is slow. Beyond 30, the ceilings of a pause that no flag sets grow in
+    /// proportion, up to eightfold
     #[arg(long, value_name = "S", env = "TORPOR_GUEST_PATIENCE", value_parser = clap::value_parser!(u64).range(1..=GUEST_PATIENCE_S_MAX))]
     pub(crate) guest_patience: Option<u64>,
 

@@ -26,6 +26,8 @@ use torpor_vmm::qemu::QemuBinary;
 
 /// Generous: the machine may be busy with other tests.
 const DEADLINE: Duration = Duration::from_secs(60);
+/// Less than torpor waits for what hangs if it is not interrupted again (30 s).
+const CLEAN_UP_MAX: Duration = Duration::from_secs(25);
 const MEMORY_PAGES: u64 = (64 << 20) / PAGE_SIZE as u64;
 
 /// A storage of its own, and torpor in it.
@@ -279,13 +281,17 @@ fn a_second_interrupt_ends_a_clean_up_that_hangs() {
     };
     until("it hangs", waits_for_the_pipe);
     let mut torpor = torpor;
+    let began = Instant::now();
     torpor.kill(Signal::INT);
     // Two that come together are one: each of these is a second one.
+    std::thread::sleep(Duration::from_secs(2));
     until("it ends", || {
-        std::thread::sleep(Duration::from_millis(500));
         torpor.kill(Signal::INT);
+        std::thread::sleep(Duration::from_millis(500));
         torpor.has_ended()
     });
+    let took = began.elapsed();
+    assert!(took < CLEAN_UP_MAX, "it waited for the clean-up's own end");
     torpor.done().fails(130, "files of the storage");
 }
 

@@ -12,9 +12,6 @@ mod support;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use lazy::LazyMemory;
@@ -245,56 +242,22 @@ async fn a_damaged_state_is_refused_in_qemus_words() {
     assert!(error.contains("ram"), "{error}");
 }
 
-/// Watches how much of a memory the host holds at most, a hundred times as often as a guest reports.
-struct Peak {
-    over: Arc<AtomicBool>,
-    watcher: JoinHandle<u64>,
-}
-
-impl Peak {
-    fn watch(memory: OwnedFd) -> Self {
-        let memory = File::from(memory);
-        let over = Arc::new(AtomicBool::new(false));
-        let watcher = std::thread::spawn({
-            let over = Arc::clone(&over);
-            move || {
-                let mut peak_bytes = 0;
-                while !over.load(Ordering::SeqCst) {
-                    let held_bytes = memory.metadata().unwrap().blocks() * 512;
-                    peak_bytes = peak_bytes.max(held_bytes);
-                    std::thread::sleep(Duration::from_millis(20));
-                }
-                peak_bytes
-            }
-        });
-        Self { over, watcher }
-    }
-
-    fn end(self) -> u64 {
-        self.over.store(true, Ordering::SeqCst);
-        self.watcher.join().unwrap()
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_drain_waits_for_what_a_guest_reports() {
     let host = Host::new();
     let guest = &mut host.boot(&host.machine()).await;
-    let peak = Peak::watch(memfd(&guest.vm.memory().unwrap()));
-    guest.ask("churn 96").await;
-    // The guest's rounds begin when it frees the 96 MiB, however late its answer comes, so that the
-    // first ones may be none of the drain's; and one that is late by half a second is not waited for.
-    let peak_bytes = peak.end();
-    let began = Instant::now();
-    loop {
+    // The guest's rounds begin when it frees the 96 MiB. On a busy host its answer may come after the
+    // first ones, or one of them half a second late: then it is asked again.
+    for attempt in 1.. {
+        guest.ask("churn 96").await;
         let report = guest.vm.drain(Duration::from_secs(60), None).await;
-        println!("{report:?} after {peak_bytes} bytes");
+        println!("{report:?}");
         assert_eq!(report.outcome, DrainOutcome::Settled);
-        assert!(report.ms >= 2_500, "it takes as long as a round may be off");
-        if peak_bytes.saturating_sub(report.held_bytes) >= 48 << 20 {
+        assert!(report.ms >= 2_500, "a round may be off for so long");
+        if report.released_bytes >= 48 << 20 && report.held_bytes <= 128 << 20 {
             break;
         }
-        assert!(began.elapsed() < Duration::from_secs(60), "{report:?}");
+        assert!(attempt < 5, "{report:?}");
     }
 
     let report = guest.vm.drain(Duration::ZERO, None).await;
@@ -332,7 +295,7 @@ async fn a_drain_of_a_machine_that_reports_nothing_says_so_at_once() {
     );
     drop(vm);
 
-    // A guest that has not come to its balloon yet.
+    // A guest that has no driver for its balloon.
     let reporting = host.machine();
     let mut source = host.boot_source();
     source.extra_cmdline += " module_blacklist=virtio_balloon";

@@ -101,6 +101,10 @@ impl Running {
         self.0.as_ref().unwrap().id()
     }
 
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.0.as_mut().unwrap().try_wait().unwrap().is_some()
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         assert!(support::signal(self.pid(), signal));
     }

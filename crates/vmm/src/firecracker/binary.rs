@@ -62,7 +62,7 @@ impl Default for Deadlines {
             api_up: Duration::from_secs(30),
             handshake: Duration::from_secs(30),
             load: Duration::from_secs(60),
-            last_words: Duration::from_secs(2),
+            last_words: Duration::from_secs(10),
         }
     }
 }

@@ -84,7 +84,7 @@ async fn wait_until_settled(
             Ok(bytes) => bytes,
             Err(e) => return DrainOutcome::Failed(format!("cannot look at guest memory: {e}")),
         };
-        // What comes after the ceiling is none of this drain's, however late the look.
+        // A look that comes late counts as one at the ceiling.
         let now = Instant::now().min(deadline);
         let seen = match discarded {
             Some(discarded) => Seen::DiscardedBytes(discarded()),

@@ -105,12 +105,7 @@ impl Instance {
         .await?;
         let qmp = match Qmp::open(qmp).await {
             Ok(qmp) => qmp,
-            Err(error) => {
-                return Err(match process.wait_exit_for(REASON_PATIENCE).await {
-                    Some(exit) => VmmError::Start { exit: exit.into() },
-                    None => error,
-                });
-            }
+            Err(error) => return Err(why_not_started(&process, error).await),
         };
         let agent = host("use a socket", agent.set_nonblocking(true))
             .and_then(|()| host("use a socket", UnixStream::from_std(agent)))?;
@@ -274,4 +269,16 @@ fn socketpair() -> Result<(StdUnixStream, StdUnixStream)> {
 
 pub(super) fn host<T>(what: &'static str, result: io::Result<T>) -> Result<T> {
     result.map_err(|source| VmmError::Host { what, source })
+}
+
+/// Why a QEMU that has just been started cannot be talked to.
+async fn why_not_started(process: &Process, error: VmmError) -> VmmError {
+    // One that says nothing in time lives.
+    if matches!(error, VmmError::Timeout { .. }) {
+        return error;
+    }
+    match process.wait_exit_for(REASON_PATIENCE).await {
+        Some(exit) => VmmError::Start { exit: exit.into() },
+        None => error,
+    }
 }

@@ -480,7 +480,7 @@ impl StandIn {
                 request: DEADLINE,
                 api_up: DEADLINE,
                 handshake: DEADLINE,
-                load: DEADLINE,
+                load: DEADLINE * 2,
                 last_words: DEADLINE,
             },
         }
