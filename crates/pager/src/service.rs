@@ -3,9 +3,9 @@
 //!
 //! One lock, around the page states **and** around every kernel call that reads events or
 //! installs pages, and around the looks that make the dirty set: what is installed between two of
-//! them would be taken for written. The first two belong together: a discard is under way from the moment its event has
-//! been read, so between "what must this page hold?" and the copy no event may be read. The lock
-//! is never held while the source is read, and nothing that it covers waits for the VMM: copies
+//! them would be taken for written. The first two belong together: a discard is under way from the
+//! moment its event has been read, so between "what must this page hold?" and the copy no event may
+//! be read. The lock is never held while the source is read, and nothing that it covers waits for the VMM: copies
 //! need only the address space's lock, which a thread that sleeps in a discard has let go.
 //!
 //! ```text
